@@ -1,0 +1,295 @@
+"""A Llama-style GPT that reads and predicts bags of tokens.
+
+RMSNorm, RoPE, grouped-query attention (GQA), SwiGLU, no biases, untied
+embedding and head. Token superposition adds two short functions, `bag_average`
+and `multi_hot_cross_entropy`; it adds no parameter and no buffer, and with bags
+of one token the model is an ordinary GPT.
+
+    python model.py RUN --prompt "def main"     # sample from a run's folder
+"""
+import argparse
+import codecs
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+from data import fail
+
+
+@dataclass
+class Config:
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_kv_head: int
+    n_hidden: int                   # width of the SwiGLU
+    rope_theta: float = 500_000.0
+    vocab_size: int = 50_257        # tokens that exist; tables are padded to a multiple of 64
+    seq_len: int = 1024             # l, the positions the trunk sees
+
+
+PRESETS = {
+    "tiny": Config(2, 64, 4, 2, 192, rope_theta=10_000.0),
+    "270m": Config(30, 768, 12, 4, 2048),
+    "600m": Config(32, 1152, 18, 6, 3072),
+    "3b": Config(36, 2048, 16, 4, 11008),
+}
+
+
+def bag_average(table, bags):
+    """One latent s-token per bag: the mean of its token embeddings (paper, section 3).
+
+    table (V, d) float; bags (B, l, s) integer -> (B, l, d) in the table's dtype,
+    averaged in float32. At s = 1 it is the plain embedding, bit for bit.
+    """
+    return F.embedding(bags, table).float().mean(2).to(table.dtype)
+
+
+def multi_hot_cross_entropy(logits, targets, weights=None):
+    """Mean cross-entropy against every token of the target bag (paper, section 3).
+
+    logits (..., V) float; targets (..., s) integer; weights (s,) summing to 1,
+    uniform if None -> scalar float32, nats. A token that occurs twice counts
+    twice. The s cross-entropies share one log-sum-exp, so this is
+    logsumexp(z) - mean z[y], and at s = 1 the ordinary cross-entropy.
+    """
+    logits = logits.float()
+    hits = logits.gather(-1, targets)                                   # (..., s)
+    hit = hits.mean(-1) if weights is None else hits @ weights
+    return (logits.logsumexp(-1) - hit).mean()
+
+
+def bag_weights(kind, s):
+    """Weight of each position of the target bag (paper, appendix D): (s,) float32, summing to 1."""
+    i = torch.arange(1, s + 1, dtype=torch.float32)
+    g = {"uniform": i ** 0, "power": 1 / i, "exp": torch.exp(-i), "first": (i == 1).float()}[kind]
+    return g / g.sum()
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        rows = math.ceil(config.vocab_size / 64) * 64
+        self.embedding = nn.Embedding(rows, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, rows, bias=False)
+        cos, sin = rope_table(config.seq_len, config.n_embd // config.n_head, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:     # outputs into the residual stream start smaller, as there are 2 a layer
+                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+
+    def forward(self, bags, targets=None, weights=None):
+        """bags (B, l, s) integer -> logits (B, l, rows), or with targets (B, l, s) the scalar loss.
+
+        Columns of the logits from vocab_size on are padding, never a target.
+        """
+        x = bag_average(self.embedding.weight, bags)                    # (B, l, d)
+        cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        x = self.norm(x)
+        return self.head(x) if targets is None else self.loss(x, targets, weights)
+
+    def loss(self, x, targets, weights=None):
+        """x (B, l, d), targets (B, l, s) -> scalar: `multi_hot_cross_entropy` of the head's logits."""
+        if weights is None:
+            weights = torch.full(targets.shape[-1:], 1 / targets.size(-1), device=x.device)
+        return ChunkedHeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(0, 1), weights,
+                                     torch.is_grad_enabled())
+
+    def flops_per_token(self):
+        """Model FLOPs of a training step per position, forward and backward, whatever s is.
+
+        6 per weight in a matrix product, and 12 l d per layer for the attention
+        products over all l positions (the causal half is not discounted).
+        """
+        c = self.config
+        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2) - self.embedding.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.seq_len
+
+    @torch.no_grad()
+    def generate(self, ids, n, temperature=0.8, top_k=50, generator=None):
+        """Yield up to n token ids that continue the list ids; temperature 0 is greedy.
+
+        Every token runs the whole context again: a key-value cache would complicate
+        the attention that people come here to read.
+        """
+        for _ in range(n):
+            context = torch.tensor(ids[-self.config.seq_len:], device=self.cos.device)
+            logits = self(context.view(1, -1, 1))[0, -1, :self.config.vocab_size].float()
+            if temperature == 0:
+                ids = ids + [logits.argmax().item()]
+            else:
+                top, index = logits.topk(min(top_k, logits.numel()))
+                p = F.softmax(top / temperature, dim=-1).cpu()
+                ids = ids + [index[torch.multinomial(p, 1, generator=generator)].item()]
+            yield ids[-1]
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.n_embd)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.n_embd)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, cos, sin):                                     # (B, l, d)
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: each key-value head serves n_head / n_kv_head query heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.n_embd // config.n_head
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin):
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 KV, l, head_dim)
+        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
+        q, k = rope(qk, cos, sin).split((self.n_head, self.n_kv_head), dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))                   # (B, l, d)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def RMSNorm(width):
+    return nn.RMSNorm(width, eps=1e-5)
+
+
+def rope_table(length, head_dim, theta):
+    """cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoFormer, arXiv 2104.09864)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rope(x, cos, sin):
+    """Rotate the pairs (i, i + head_dim / 2), Hugging Face's half-split layout; x (B, heads, l, head_dim)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class ChunkedHeadLoss(torch.autograd.Function):
+    """The head and `multi_hot_cross_entropy` in one, a chunk of positions at a time.
+
+    The gradient with respect to a chunk's logits is known with them, softmax minus the
+    weights at the targets, so it is used at once and the logits, the largest tensor of
+    a step, never exist whole. Same value and gradients as the two lines it stands for.
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, targets, weights, with_grad):             # (N, d), (V, d), (N, s), (s,)
+        rows = 512 if x.device.type == "cpu" else 4096                  # fits a CPU's cache; fills a GPU
+        loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head) if with_grad else None
+        for chunk, target in zip(x.split(rows), targets.split(rows)):
+            z = F.linear(chunk, head).float()                           # (rows, V)
+            hit = z.gather(1, target) @ weights
+            top = z.amax(1, keepdim=True)
+            z.sub_(top).exp_()
+            total = z.sum(1, keepdim=True)
+            loss = loss + ((total.log() + top).squeeze(1) - hit).sum()
+            if with_grad:
+                z = z.div_(total).scatter_add_(1, target, -weights.expand_as(target)).to(chunk.dtype)
+                grad_x.append(z @ head)
+                grad_head += z.T @ chunk
+        if with_grad:
+            ctx.save_for_backward(torch.cat(grad_x), grad_head)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_head = ctx.saved_tensors
+        scale = grad / len(grad_x)
+        return grad_x * scale, grad_head * scale, None, None, None
+
+
+def load_checkpoint(path, mmap=False):
+    """The checkpoint in a run's folder (its ckpt.pt), or the file itself, as a dict on the CPU.
+
+    Loaded with weights_only=True: no pickled code runs. SystemExit(2) if it is missing
+    or is not a whole checkpoint of ours.
+    """
+    file = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        fail(f"{path}: no checkpoint there; name the folder of a run, such as runs/tiny-s6-r0.3-seed0")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        missing = {"model", "optimizer", "step", "seconds", "args", "config", "data"} - set(checkpoint)
+    except Exception as error:          # a bad file can raise anything, from zipfile, pickle or torch
+        fail(f"{file}: not a readable checkpoint ({type(error).__name__}); use another, such as the run's ckpt_switch.pt")
+    if missing:
+        fail(f"{file}: not a checkpoint of train_tst.py, it lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """The trained GPT and its tiktoken.Encoding (or None) from a run's folder or a checkpoint file in it."""
+    checkpoint = load_checkpoint(path, mmap=True)
+    with torch.device(device):
+        model = GPT(Config(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return model.eval(), data.load_encoding(folder, checkpoint["data"]["tokenizer"])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Sample from a trained model. The text goes to standard output.")
+    parser.error = fail
+    parser.add_argument("run", help="a run's folder, or a checkpoint file in it")
+    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to add at most (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=50, help="sample among the k likeliest (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    args = parser.parse_args(argv)
+    if args.tokens < 0 or args.top_k < 1 or not 0 <= args.temperature < math.inf:
+        fail(f"--tokens {args.tokens} --top-k {args.top_k} --temperature {args.temperature}: "
+             "give at least 0, at least 1 and at least 0")
+    model, encoding = load_model(args.run, "cuda" if torch.cuda.is_available() else "cpu")
+    if encoding is None:
+        fail(f"{args.run}: its tokenizer cannot be loaded here; tiktoken wants the network once, or TIKTOKEN_CACHE_DIR")
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    ids = encoding.encode_ordinary(prompt)
+    limit = model.config.seq_len
+    if len(ids) >= limit:
+        print(f"the prompt's {len(ids)} tokens are cut to its last {limit}, the training length", file=sys.stderr)
+    print(prompt, end="", flush=True)
+    generator = torch.Generator().manual_seed(args.seed)
+    for token in model.generate([encoding.eot_token] + ids, args.tokens, args.temperature, args.top_k, generator):
+        if token == encoding.eot_token:
+            break
+        print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,521 @@
+"""Pre-train a language model with Token-Superposition Training (TST, arXiv 2605.06546).
+
+For the first r of the steps the model reads bags of s tokens (the mean of their
+embeddings) and predicts the next bag (multi-hot cross-entropy): the superposition
+phase. Then it trains on ordinary next tokens: the recovery phase. Same model, same
+optimizer, same FLOPs per step; only the shape of a batch changes.
+
+    python train_tst.py --s 6 --r 0.3                       # TST, which is also the default
+    python train_tst.py --s 1                               # the baseline, by the same code path
+    torchrun --nproc_per_node=8 train_tst.py                # eight GPUs
+    python train_tst.py --resume runs/tiny-s6-r0.3-seed0    # go on where a run stopped
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import shlex
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from data import fail
+from model import GPT, PRESETS, bag_weights, load_checkpoint
+
+# What each preset trains with where no flag says otherwise. batch_size counts sequences per optimizer
+# step over all processes, micro is the largest micro-batch, val_tokens caps validation.
+LARGE = dict(steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1,
+             eval_every=500, save_every=500, val_tokens=10_000_000)
+RECIPES = {
+    "tiny": dict(steps=6000, batch_size=16, seq_len=64, warmup_steps=200, decay_frac=0.5, lr=4e-3, micro=64,
+                 eval_every=500, save_every=500, val_tokens=200_000),
+    "270m": dict(LARGE, lr=1e-3, micro=16),
+    "600m": dict(LARGE, lr=5e-4, micro=8),
+    "3b": dict(LARGE, lr=1e-4, micro=4),
+}
+BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+SHAPE_FLAGS = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden")
+FREE_ON_RESUME = ("resume", "out", "device", "dtype", "compile", "micro_batch_size", "eval_every", "save_every")
+
+
+def main(argv=None):
+    """Train as the flags in argv say (default: the command line). SystemExit(2) on bad input."""
+    args, checkpoint = parse(argv)
+    try:
+        train(args, checkpoint)
+    except torch.OutOfMemoryError:
+        micro = micro_batch_size(args)
+        smaller = max((n for n in range(1, micro) if micro % n == 0), default=None)
+        fail(f"--micro-batch-size {micro} does not fit on the device: "
+             + (f"try --micro-batch-size {smaller}" if smaller else "try a shorter --seq-len or a smaller --model"))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(args, checkpoint=None):
+    """Run the training that args (from `parse`) describe, from checkpoint (of `--resume`) on if there is one."""
+    started = time.time()
+    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default
+                               in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    say = tqdm.write if rank == 0 else lambda line: None
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank) if world > 1 else device
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                      # TF32 for float32 products
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    say("flags in force: " + as_flags(vars(args)))
+
+    # Data
+    if Path(args.data) == data.PYTHON_CORPUS and local_rank == 0:
+        data.build_python_corpus()
+    if world > 1:
+        dist.barrier()
+    train_tokens, val_tokens, meta, encoding = data.load(args.data)
+    if checkpoint and checkpoint["data"]["hash"] != meta["hash"]:
+        fail(f"--resume {args.resume}: {args.data} no longer holds the data of this run; restore them or start anew")
+    switch_step = round(args.r * args.steps) if max(args.s_in, args.s_out) > 1 else 0
+    batches = data.Batches(train_tokens, [(switch_step, args.s_in, args.s_out), (args.steps - switch_step, 1, 1)],
+                           args.batch_size, args.seq_len, args.seed)
+    say(describe(args, switch_step, train_tokens, batches, encoding))
+    share, micro = args.batch_size // world, micro_batch_size(args)
+    accumulation = share // micro
+
+    def fetch(k):
+        """Micro-batch k of the run on the device: this process's (micro, l * s_in + s_out) tokens."""
+        step, i = divmod(k, accumulation)
+        if step == args.steps:
+            return None
+        rows = batches.rows(step, rank * share + i * micro, micro)
+        return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+
+    # Model and optimizer
+    torch.manual_seed(args.seed)
+    with device:
+        model = GPT(replace(PRESETS[args.model], vocab_size=meta["vocab_size"], seq_len=args.seq_len,
+                            **{name: getattr(args, name) for name in SHAPE_FLAGS}))
+    matrices, gains = ([p for p in model.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
+                                   {"params": gains, "weight_decay": 0.0}], lr=args.lr, betas=BETAS, fused=True)
+    start, seconds_before = 0, 0.0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, seconds_before = checkpoint["step"], checkpoint["seconds"]
+    if args.compile and compiler_works(device, say):
+        for block in model.blocks:                                      # by parts and in place: all blocks share one
+            block.compile(dynamic=False)                                # graph, which the switch leaves as it is, and
+        model.loss = torch.compile(model.loss, dynamic=False)           # the parameters keep their names
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+    # Validation, log, checkpoints
+    evaluate = validation(val_tokens, args, encoding, rank, world, device)
+    out = log = None
+    if rank == 0:
+        out = Path(args.resume) if args.resume else make_folder(args, meta, encoding)
+        log = open_log(out / "metrics.jsonl", keep=start)
+    last_save = f"the last good checkpoint is {args.resume}/ckpt.pt" if checkpoint else "there is no checkpoint yet"
+
+    def save(name):
+        nonlocal last_save
+        if rank == 0:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": entry["step"],
+                        "seconds": entry["seconds"], "args": vars(args), "config": asdict(model.config), "data": meta},
+                       out / f"{name}.tmp")
+            os.replace(out / f"{name}.tmp", out / name)                 # whole, or not at all
+            last_save = f"the last good checkpoint is {out / name}, of step {entry['step']:,}"
+
+    def write(entry, read):
+        entry["loss"], norm = read()
+        if not math.isfinite(entry["loss"] + norm):
+            fail(f"step {entry['step']:,}: the loss is {entry['loss']} and the gradient's norm {norm}; try a --lr below "
+                 f"{args.lr:g}; {last_save}", status=1)
+        if log:
+            log.write(json.dumps(entry).encode() + b"\n")
+
+    # The loop
+    flag = stop_flag()
+    bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True)
+    positions = args.batch_size * args.seq_len                          # that the trunk sees in a step
+    flops, peak = model.flops_per_token() * positions / world, peak_flops(device)
+    weights = pending = val_loss = None
+    begun = time.time()
+    rows = fetch(start * accumulation)
+    for step in range(start, args.steps):
+        s_in, s_out = (args.s_in, args.s_out) if step < switch_step else (1, 1)     # the phase switch
+        if step in (start, switch_step):
+            weights = bag_weights(args.weighting, s_out).to(device)
+        if step > start and batches.epoch(step) > batches.epoch(step - 1):
+            say(f"step {step + 1:,}: this phase has used up its data; its epoch {batches.epoch(step) + 1} begins")
+        lr = learning_rate(args, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        for i in range(accumulation):
+            last = i == accumulation - 1
+            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                inputs, targets = data.bags(rows, s_in, s_out)          # (B, l, s_in), (B, l, s_out)
+                with autocast:
+                    part = wrapped(inputs, targets, weights) / accumulation
+                part.backward()
+            loss += part.detach()
+            rows = fetch(step * accumulation + i + 1)                   # while the device still computes
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        stop = flag.clone()
+        if world > 1:
+            dist.all_reduce(loss)
+            dist.all_reduce(stop, op=dist.ReduceOp.MAX)                 # all ranks stop after the same step
+        read = read_later(torch.stack((loss / world, norm)))
+
+        if pending:
+            write(*pending)         # the step before this one's, whose loss has arrived: the device never waits
+        done = step + 1
+        entry = {"step": done, "phase": "superposition" if step < switch_step else "recovery", "s": max(s_in, s_out),
+                 "loss": None, "lr": lr, "val_loss": None, "val_bpb": None,
+                 "tokens": positions * (args.s_in * min(done, switch_step) + max(0, done - switch_step)),
+                 "s_tokens": positions * done, "seconds": seconds_before + time.time() - begun}
+        pending = (entry, read)
+        stopping = bool(stop)
+        evaluating = done == args.steps or done % args.eval_every == 0 and not stopping
+        if evaluating or stopping or done == switch_step or done % args.save_every == 0:
+            if evaluating:
+                val_loss, entry["val_bpb"] = evaluate(model, autocast)
+                entry["val_loss"] = val_loss
+            write(*pending)
+            pending = None
+            for name in ("ckpt.pt", "ckpt_switch.pt") if done == switch_step else ("ckpt.pt",):
+                save(name)
+            if evaluating:
+                say(f"step {done:,}  {entry['phase']} s={entry['s']}  loss {entry['loss']:.4f}  {bits(entry)}  "
+                    f"{entry['tokens']:,} tokens  {entry['seconds']:.0f} s")
+        rate = bar.format_dict["rate"] or 0.0                           # steps per second, smoothed
+        bar.set_postfix_str(
+            f"{entry['phase']} s={entry['s']} val {math.nan if val_loss is None else val_loss:.3f} "
+            f"{rate * positions * s_in:,.0f} tokens/s" + (f" MFU {rate * flops / peak:.1%}" if peak else ""), refresh=False)
+        bar.update()
+        if stopping:
+            break
+    bar.close()
+
+    # The end
+    if done < args.steps:
+        return say(f"stopped after step {done:,}; go on with: python train_tst.py --resume {out}")
+    say(f"{out}: validation loss {bits(entry)} after {entry['tokens']:,} tokens in {entry['seconds']:.0f} s "
+        f"({time.time() - started:.0f} s with start-up); checkpoint {out}/ckpt.pt")
+    other = {"s": 1} if switch_step else {"s": 6, "r": 0.3}
+    same = {name: value for name, value in args.given.items() if name not in ("s", "r", "s_in", "s_out", "out", "resume")}
+    say(f"{'the baseline' if switch_step else 'TST'}, to compare: python train_tst.py {as_flags({**other, **same})}")
+    if rank == 0 and encoding:
+        with torch.compiler.set_stance("force_eager"):                  # every length would compile anew
+            ids = list(model.generate([encoding.eot_token], 100, generator=torch.Generator().manual_seed(args.seed)))
+        say("a sample:\n" + encoding.decode(ids, errors="replace"))
+
+
+def parse(argv=None):
+    """The flags with every default filled in, and the checkpoint to continue or None. SystemExit(2) on bad input."""
+    args = make_parser().parse_args(argv)
+    args.given = {name: value for name, value in vars(args).items() if value is not None}
+    checkpoint = None
+    if args.resume:
+        checkpoint = load_checkpoint(args.resume)
+        args.given = checkpoint["args"]["given"]
+        for name, value in vars(args).items():
+            stored = checkpoint["args"].get(name)
+            if value is None:
+                setattr(args, name, stored)
+            elif name not in FREE_ON_RESUME and value != stored:
+                fail(f"--{name.replace('_', '-')} {value} contradicts the run in {args.resume}, which has {stored}; "
+                     "leave it out, or start a new run")
+    fill_defaults(args)
+    check(args)
+    return args, checkpoint
+
+
+def fill_defaults(args):
+    """Replace every None in args but --micro-batch-size, --out and --resume by its default."""
+    accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    fineweb = accelerator and Path("data/fineweb").is_dir()
+    set_default(args, device=accelerator or "cpu", data="data/fineweb" if fineweb else str(data.PYTHON_CORPUS))
+    set_default(args, model="tiny" if Path(args.data) == data.PYTHON_CORPUS else "270m")
+    set_default(args, s=6, weighting="uniform", seed=0, compile=args.device.startswith("cuda"))
+    set_default(args, s_in=args.s, s_out=args.s)
+    set_default(args, r=0.3 if max(args.s_in, args.s_out) > 1 else 0.0)
+    preset, recipe = PRESETS[args.model], RECIPES[args.model]
+    set_default(args, **{name: getattr(preset, name) for name in SHAPE_FLAGS})
+    set_default(args, **{name: recipe[name] for name in ("steps", "batch_size", "seq_len", "lr", "decay_frac",
+                                                         "eval_every", "save_every")})
+    set_default(args, warmup_steps=min(recipe["warmup_steps"], args.steps // 10))
+    set_default(args, dtype="bfloat16" if args.device.startswith("cuda") and has_bfloat16() else "float32")
+
+
+def set_default(args, **defaults):
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
+def check(args):
+    """What no single flag can know. SystemExit(2) with one line."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    if (device.index or 0) >= there:
+        fail(f"--device {args.device} is not on this machine: leave it out to take what is")
+    if device.type == "cuda" and world > 1 and int(os.environ["LOCAL_RANK"]) >= there:
+        fail(f"more processes than the {there} GPUs of this machine: lower torchrun's --nproc_per_node")
+    if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
+        fail(f"--n-head {args.n_head} does not divide --n-embd {args.n_embd} into heads of even width")
+    if args.n_head % args.n_kv_head:
+        fail(f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}")
+    if args.batch_size % world:
+        fail(f"--batch-size {args.batch_size} does not divide by the {world} processes")
+    if args.micro_batch_size and args.batch_size // world % args.micro_batch_size:
+        fail(f"--micro-batch-size {args.micro_batch_size} does not divide the {args.batch_size // world} sequences "
+             f"of a process (--batch-size {args.batch_size} over {world})")
+    decay_steps = round(args.decay_frac * args.steps)
+    if args.warmup_steps + decay_steps > args.steps:
+        fail(f"--warmup-steps {args.warmup_steps} and --decay-frac {args.decay_frac} ({decay_steps} steps) are longer "
+             f"than --steps {args.steps}")
+    if not args.resume and args.out and any((Path(args.out) / name).exists() for name in ("ckpt.pt", "metrics.jsonl")):
+        fail(f"--out {args.out} holds a run: continue it with --resume {args.out}, or name another folder")
+
+
+def micro_batch_size(args):
+    """--micro-batch-size, or the largest divisor of a process's share of the batch within the preset's limit."""
+    share = args.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+    limit = min(share, RECIPES[args.model]["micro"])
+    return args.micro_batch_size or max(n for n in range(1, limit + 1) if share % n == 0)
+
+
+def as_flags(values):
+    """{name: value} as a command line; None and dicts are left out."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name}")
+        elif value is not None and not isinstance(value, dict):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def learning_rate(args, step):
+    """Of step (from 0): warmup-stable-decay (WSD), linear up, constant, linear down to 0 over the last decay_frac."""
+    warmup, decay = max(1, args.warmup_steps), max(1, round(args.decay_frac * args.steps))
+    return args.lr * min(1.0, (step + 1) / warmup, (args.steps - step) / decay)
+
+
+def describe(args, switch_step, tokens, batches, encoding):
+    """What the run will read, what it does without, and what to type for something else."""
+    positions = args.batch_size * args.seq_len
+    lines = [f"{args.model} on {args.data}: of {len(tokens):,} training tokens it reads "
+             f"{switch_step * positions * args.s_in:,} in the superposition phase and "
+             f"{(args.steps - switch_step) * positions:,} in the recovery phase, {batches.epochs:.2f} epochs"]
+    if batches.epochs > 1:
+        lines.append("above one epoch tokens repeat, and TST lives on spare data: --steps "
+                     f"{int(args.steps / batches.epochs)} stays within one")
+    builtin = Path(args.data) == data.PYTHON_CORPUS
+    lines.append("for your own shards: python train_tst.py --model 270m --data FOLDER" if builtin else
+                 f"for the built-in corpus: python train_tst.py --data {data.PYTHON_CORPUS}")
+    if encoding is None:
+        lines.append("its tokenizer is neither here nor to be downloaded: no bits per byte, no sample")
+    if args.device.startswith("cuda") and not has_bfloat16():
+        lines.append(f"this GPU has no native bfloat16, so the products are in {args.dtype}")
+    return "\n".join(lines)
+
+
+def has_bfloat16():
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def compiler_works(device, say):
+    """Whether torch.compile does on every rank, tried on two lines."""
+    works, why = 1, "not on another rank"
+    try:
+        torch.compile(lambda x: (x * 2).sum())(torch.ones(8, device=device))
+    except Exception as error:                  # no compiler, header or driver: each raises a kind of its own
+        works, why = 0, f"{type(error).__name__}: {error}".splitlines()[0]
+    works = torch.tensor(works)
+    if dist.is_initialized():
+        dist.all_reduce(works, op=dist.ReduceOp.MIN)
+    if not works:
+        say(f"torch.compile does not work here, so this run is eager ({why})")
+    return bool(works)
+
+
+def validation(tokens, args, encoding, rank, world, device):
+    """A function (model, autocast) -> ordinary next-token loss in nats per token, and bits per byte.
+
+    It reads the same tokens in every run, whatever s is: the split up to the preset's
+    cap, in rows of l, shared out over the ranks. End-of-text counts as no byte; without
+    an encoding the bits are None. SystemExit(2) if the split is shorter than a row.
+    """
+    l = args.seq_len
+    n = (min(len(tokens), RECIPES[args.model]["val_tokens"]) - 1) // l
+    if n < 1:
+        fail(f"--data {args.data}: {len(tokens):,} validation tokens are too few for a row of --seq-len {l}")
+    mine, micro, size = range(rank, n, world), micro_batch_size(args), None
+    if encoding:
+        lengths = np.zeros(tokens.vocab_size)
+        for token, i in encoding._mergeable_ranks.items():
+            lengths[i] = len(token)
+        size = lengths[tokens.read(1, n * l)].sum()
+
+    @torch.no_grad()
+    def evaluate(model, autocast):
+        total = torch.zeros((), dtype=torch.float64)
+        for k in range(0, len(mine), micro):
+            rows = np.stack([tokens.read(i * l, l + 1) for i in mine[k:k + micro]])
+            inputs, targets = data.bags(torch.from_numpy(rows).to(device), 1, 1)
+            with autocast:
+                total += model(inputs, targets).item() * targets.numel()
+        if world > 1:
+            dist.all_reduce(total)
+        return total.item() / (n * l), total.item() / size / math.log(2) if encoding else None
+
+    return evaluate
+
+
+def bits(entry):
+    bpb = entry["val_bpb"]
+    return f"{entry['val_loss']:.4f} nats per token" + (f", {bpb:.4f} bits per byte" if bpb else "")
+
+
+def make_folder(args, meta, encoding):
+    """Create the run's folder with all that sampling and resuming need beside the checkpoint."""
+    bag = args.s_in if args.s_in == args.s_out else f"{args.s_in}to{args.s_out}"
+    name = f"runs/{args.model}-s{bag}-r{args.r:g}-seed{args.seed}"
+    for k in itertools.count(1):
+        out = Path(args.out or (name if k == 1 else f"{name}-{k}"))
+        try:
+            out.mkdir(parents=True, exist_ok=bool(args.out))
+            break
+        except FileExistsError:
+            if args.out:
+                fail(f"--out {args.out} is a file; name a folder")
+    (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+    (out / "meta.json").write_text(json.dumps(meta, indent=1))
+    if encoding:
+        data.save_encoding(encoding, out)
+    return out
+
+
+def open_log(path, keep):
+    """Open metrics.jsonl for appending, one write a line, cut back to its first `keep` lines (one a step)."""
+    lines = path.read_bytes().splitlines(keepends=True)[:keep] if path.exists() else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join(lines))
+    os.replace(temporary, path)
+    return open(path, "ab", buffering=0)
+
+
+def stop_flag():
+    """A tensor that Ctrl-C or SIGTERM sets to 1; the second signal acts at once."""
+    flag = torch.zeros((), dtype=torch.int32)
+
+    def handler(number, frame):
+        flag.fill_(1)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return flag
+
+
+def read_later(tensor):
+    """Start copying a small tensor to the host; the function returned waits for that copy alone and gives a list."""
+    if tensor.device.type != "cuda":
+        values = tensor.tolist()
+        return lambda: values
+    host, arrived = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def read():
+        arrived.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def peak_flops(device):
+    """Dense bfloat16 FLOP/s of the GPU as its maker states them, or None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite number from low (or above it) to high."""
+    def parse_number(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value) or above and value == low:
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}"
+                                             + (f" and at most {high}" if high < math.inf else ""))
+        return value
+
+    parse_number.__name__ = kind.__name__       # for argparse's "invalid int value: 'x'"
+    return parse_number
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = fail                         # one line, without the usage
+    add, count, positive = parser.add_argument, number(int, 1), number(float, 0, above=True)
+
+    def add_preset(flag, kind, text):           # a flag whose default is the preset's
+        name = flag[2:].replace("-", "_")
+        values = [f"{RECIPES[preset].get(name) or getattr(PRESETS[preset], name):g} for {preset}" for preset in PRESETS]
+        add(flag, type=kind, help=f"{text} (default: {', '.join(values)})")
+
+    add("--s", type=count, help="bag size of the superposition phase (default: 6; 1 is the baseline)")
+    add("--r", type=number(float, 0, 1), help="fraction of the steps in the superposition phase (default: 0.3)")
+    add("--s-in", type=count, help="tokens averaged into one input (default: s)")
+    add("--s-out", type=count, help="tokens that one output predicts (default: s)")
+    add("--weighting", choices=("uniform", "power", "exp", "first"),
+        help="of the tokens of a target bag: 1, 1/i, exp(-i), the first alone (default: uniform)")
+    add("--model", choices=tuple(PRESETS), help="preset (default: tiny on the built-in corpus, else 270m)")
+    for name, text in zip(SHAPE_FLAGS, ("layers", "width", "query heads", "key-value heads", "width of the SwiGLU")):
+        add_preset("--" + name.replace("_", "-"), count, text)
+    add("--data", help=f"folder of token shards; {data.PYTHON_CORPUS} is the built-in corpus (default: data/fineweb "
+        "where that and an accelerator are there, else the built-in corpus)")
+    add_preset("--steps", count, "optimizer steps, both phases together")
+    add_preset("--batch-size", count, "sequences per step over all processes")
+    add("--micro-batch-size", type=count, help="sequences a process computes at a time (default: the largest divisor of "
+        "its share up to " + ", ".join(f"{RECIPES[preset]['micro']} for {preset}" for preset in PRESETS) + ")")
+    add_preset("--seq-len", count, "l, the (s-)tokens of a sequence")
+    add_preset("--lr", positive, "peak learning rate; the large presets' are the paper's, scaled down for a batch a "
+               "quarter of its size, and not tuned here")
+    add_preset("--warmup-steps", number(int, 0), "steps of linear warmup; unless given, at most a tenth of the run")
+    add_preset("--decay-frac", number(float, 0, 1), "last fraction of the steps, with linear decay to 0")
+    add("--seed", type=number(int, 0), help="of initial weights and data order (default: 0)")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the matrix products; weights and optimizer stay float32 "
+        "(default: bfloat16 on a GPU that has it, else float32)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add("--out", help="the run's folder (default: runs/MODEL-sS-rR-seedSEED, with -2, -3 appended when taken)")
+    add("--resume", metavar="RUN", help="continue the run in this folder, with the flags stored there")
+    add_preset("--eval-every", count, "steps between evaluations, each of which also saves")
+    add_preset("--save-every", count, "steps between checkpoints")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
