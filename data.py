@@ -44,11 +44,11 @@ PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+ *)
            r"|\s*[\r\n]+ *|\s+(?!\S)|\s+")
 
 
-def fail(message):
-    """One line on standard error and exit status 2; of several processes on a machine, one speaks."""
+def fail(message, status=2):
+    """One line on standard error, and exit; of the processes on a machine, one speaks."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def bags(rows, s_in, s_out):
@@ -124,6 +124,8 @@ class Stream:
     def __init__(self, files, vocab_size):
         self.files, self.vocab_size = files, vocab_size
         self.shards = [read_shard(file) for file in files]
+        for file, shard in zip(files, self.shards):         # the rest is checked as it is read
+            self.check(shard[:2 ** 20], file)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
     def __len__(self):
@@ -136,10 +138,12 @@ class Stream:
             part = self.shards[k][start - self.ends[k]:][:n]    # counted from the shard's end, so negative
             parts.append(part)
             start, n, k = start + len(part), n - len(part), k + 1
-        tokens = np.concatenate(parts).astype(np.int64)
+        return self.check(np.concatenate(parts).astype(np.int64), self.files[k - 1])
+
+    def check(self, tokens, file):
         if tokens.max() >= self.vocab_size:
-            fail(f"{self.files[k - 1]}: token id {tokens.max()} is beyond the vocabulary of {self.vocab_size}; "
-                 f"are these shards of another tokenizer?")
+            fail(f"{file}: token id {tokens.max()} is beyond the vocabulary of {self.vocab_size}; are these shards of "
+                 "another tokenizer?")
         return tokens
 
 

@@ -46,22 +46,22 @@ def bag_average(table, bags):
     """One latent s-token per bag: the mean of its token embeddings (paper, section 3).
 
     table (V, d) float; bags (B, l, s) integer -> (B, l, d) in the table's dtype,
-    averaged in float32. At s = 1 it is the plain embedding, bit for bit.
+    averaged in float32 or better. At s = 1 it is the plain embedding, bit for bit.
     """
-    return F.embedding(bags, table).float().mean(2).to(table.dtype)
+    return at_least_float32(F.embedding(bags, table)).mean(2).to(table.dtype)
 
 
 def multi_hot_cross_entropy(logits, targets, weights=None):
     """Mean cross-entropy against every token of the target bag (paper, section 3).
 
     logits (..., V) float; targets (..., s) integer; weights (s,) summing to 1,
-    uniform if None -> scalar float32, nats. A token that occurs twice counts
+    uniform if None -> scalar of float32 or better, nats. A token that occurs twice counts
     twice. The s cross-entropies share one log-sum-exp, so this is
     logsumexp(z) - mean z[y], and at s = 1 the ordinary cross-entropy.
     """
-    logits = logits.float()
+    logits = at_least_float32(logits)
     hits = logits.gather(-1, targets)                                   # (..., s)
-    hit = hits.mean(-1) if weights is None else hits @ weights
+    hit = hits.mean(-1) if weights is None else hits @ weights.to(hits)
     return (logits.logsumexp(-1) - hit).mean()
 
 
@@ -183,6 +183,10 @@ def RMSNorm(width):
     return nn.RMSNorm(width, eps=1e-5)
 
 
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rope_table(length, head_dim, theta):
     """cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoFormer, arXiv 2104.09864)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
@@ -209,7 +213,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
         rows = 512 if x.device.type == "cpu" else 4096                  # fits a CPU's cache; fills a GPU
         loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head) if with_grad else None
         for chunk, target in zip(x.split(rows), targets.split(rows)):
-            z = F.linear(chunk, head).float()                           # (rows, V)
+            z = at_least_float32(F.linear(chunk, head))                 # (rows, V)
             hit = z.gather(1, target) @ weights
             top = z.amax(1, keepdim=True)
             z.sub_(top).exp_()

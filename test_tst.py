@@ -1,0 +1,631 @@
+"""The paper's claims and the scripts' promises, one a test. Run with: python -m pytest"""
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import model as models
+import train_tst
+from model import GPT, Config, bag_average, bag_weights, multi_hot_cross_entropy
+
+HERE = Path(__file__).parent
+SMALL = Config(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_hidden=48, vocab_size=250, seq_len=16)
+VOCAB = 250
+os.environ.pop("LOCAL_RANK", None)
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of shards over a byte tokenizer: 60,000 training tokens in two shards, easily learnt."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tokens = np.random.default_rng(0).integers(0, 20, 70_000)
+    tokens[1::2] = tokens[::2] * 7 + 20                                 # every other token follows from the one before
+    for name, part in {"a_train_0": tokens[:25_000], "a_train_1": tokens[25_000:60_000], "a_val_0": tokens[60_000:]}.items():
+        data.write_shard(folder / f"{name}.bin", part)
+    encoding = tiktoken.Encoding("bytes", pat_str=".", special_tokens={data.END_OF_TEXT: VOCAB - 1},
+                                 mergeable_ranks={bytes([i]): i for i in range(VOCAB - 1)})
+    data.save_encoding(encoding, folder)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": VOCAB, "hash": "1"}))
+    return folder
+
+
+def flags(corpus, out, *more):
+    """A run of 12 steps with the switch after 6, in about a second; later flags win."""
+    return ["--data", str(corpus), "--out", str(out), "--model", "tiny", "--s", "3", "--r", "0.5", "--steps", "12",
+            "--batch-size", "8", "--seq-len", "16", "--n-embd", "32", "--n-hidden", "48", "--device", "cpu",
+            "--warmup-steps", "2", "--eval-every", "6", *more]
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [line["loss"] for line in lines(out)]
+
+
+def script(*words, processes=None, **environment):
+    """Run one of the scripts as a user would: (exit status, stdout, stderr)."""
+    start = [sys.executable] if processes is None else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([*start, *map(str, words)], cwd=HERE, env=environment, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
+
+
+# The method
+
+def test_the_bag_average_is_the_mean_of_the_embeddings():
+    table, bags = torch.randn(50, 8), torch.randint(0, 50, (2, 5, 4))
+    for b in range(2):
+        for j in range(5):
+            slow = sum(table[token] for token in bags[b, j]) / 4
+            torch.testing.assert_close(bag_average(table, bags)[b, j], slow)
+
+
+def test_a_bag_of_one_is_the_plain_embedding_bit_for_bit():
+    bags = torch.randint(0, 50, (2, 5, 1))
+    for dtype in (torch.float32, torch.bfloat16):
+        table = torch.randn(50, 8).to(dtype)
+        assert torch.equal(bag_average(table, bags), table[bags[..., 0]])
+
+
+def test_the_bag_average_is_taken_in_float32():
+    table = torch.tensor([[256.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)     # bfloat16 sums 256 + 1 to 256
+    assert bag_average(table, torch.arange(4).view(1, 1, 4)).item() == torch.tensor(259 / 4).bfloat16().item()
+
+
+def test_multi_hot_cross_entropy_is_the_mean_of_s_cross_entropies_in_value_and_gradient():
+    logits = torch.randn(3, 7, 40, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 40, (3, 7, 5))
+    fast = multi_hot_cross_entropy(logits, targets)
+    slow = sum(F.cross_entropy(logits.flatten(0, 1), targets[..., i].flatten()) for i in range(5)) / 5
+    torch.testing.assert_close(fast, slow)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (fast, slow)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_multi_hot_cross_entropy_is_the_divergence_from_the_bag_plus_the_bags_entropy():
+    logits = torch.randn(2, 40, dtype=torch.float64)
+    distinct, repeated = torch.tensor([3, 1, 4, 5]), torch.tensor([3, 1, 3, 3])
+    for row, bag, entropy in ((0, distinct, math.log(4)), (1, repeated, -0.75 * math.log(0.75) - 0.25 * math.log(0.25))):
+        target = torch.bincount(bag, minlength=40) / 4
+        divergence = (torch.special.xlogy(target, target) - target * logits[row].log_softmax(0)).sum()
+        torch.testing.assert_close(multi_hot_cross_entropy(logits[row], bag), divergence + entropy)
+
+
+def test_a_token_that_occurs_twice_counts_twice():
+    logits = torch.randn(40, dtype=torch.float64)
+    loss = -(2 * logits.log_softmax(0)[7] + logits.log_softmax(0)[9]) / 3
+    torch.testing.assert_close(multi_hot_cross_entropy(logits, torch.tensor([7, 9, 7])), loss)
+
+
+def test_with_one_token_a_bag_the_loss_is_cross_entropy():
+    logits, targets = torch.randn(6, 40, dtype=torch.float64), torch.randint(0, 40, (6, 1))
+    torch.testing.assert_close(multi_hot_cross_entropy(logits, targets), F.cross_entropy(logits, targets[:, 0]))
+
+
+def test_the_four_weightings():
+    e = math.exp(-1)
+    expected = {"uniform": [1 / 3] * 3, "power": [6 / 11, 3 / 11, 2 / 11], "first": [1, 0, 0],
+                "exp": [1 / (1 + e + e * e), e / (1 + e + e * e), e * e / (1 + e + e * e)]}
+    logits, bag = torch.randn(40), torch.tensor([2, 8, 5])
+    for kind, weights in expected.items():
+        torch.testing.assert_close(bag_weights(kind, 3), torch.tensor(weights, dtype=torch.float32))
+        slow = sum(w * F.cross_entropy(logits, token) for w, token in zip(weights, bag))
+        torch.testing.assert_close(multi_hot_cross_entropy(logits, bag, bag_weights(kind, 3)), slow)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_chunked_loss_has_the_value_and_gradients_of_the_plain_one(dtype, tolerance):
+    model = GPT(Config(1, 32, 2, 1, 48, vocab_size=VOCAB, seq_len=700))        # 1,400 positions are three chunks
+    inputs, targets = torch.randint(0, VOCAB, (2, 2, 700, 3))
+    weights = bag_weights("power", 3)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        plain = multi_hot_cross_entropy(model(inputs), targets, weights)
+        chunked = model(inputs, targets, weights)
+    torch.testing.assert_close(chunked, plain, rtol=tolerance, atol=0)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        torch.testing.assert_close(model(inputs, targets, weights), chunked.detach())
+    for fast, slow in zip(*(torch.autograd.grad(3 * loss, list(model.parameters())) for loss in (chunked, plain))):
+        torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance * slow.abs().max().item())
+
+
+def test_bag_j_is_predicted_from_the_bags_before_it_and_its_target_is_the_next_bag():
+    model = GPT(SMALL)
+    rows = torch.randint(0, VOCAB, (1, 6 * 4))
+    inputs, targets = data.bags(rows, 4, 4)
+    assert inputs.shape == targets.shape == (1, 5, 4)
+    for j in range(5):
+        assert torch.equal(inputs[0, j], rows[0, 4 * j:4 * j + 4])
+        assert torch.equal(targets[0, j], rows[0, 4 * j + 4:4 * j + 8])
+    before = model(inputs)
+    for j in range(4):
+        changed = inputs.clone()
+        changed[0, j + 1] = (changed[0, j + 1] + 1) % VOCAB
+        after = model(changed)
+        torch.testing.assert_close(after[0, :j + 1], before[0, :j + 1], rtol=0, atol=0)
+        assert (after[0, j + 1] != before[0, j + 1]).any()
+
+
+@pytest.mark.parametrize("s_in, s_out", [(4, 1), (1, 4), (2, 3), (3, 2), (1, 1)])
+def test_input_only_and_output_only_bags(s_in, s_out):
+    l = 5
+    rows = torch.arange(2 * (l * s_in + s_out)).view(2, -1)
+    inputs, targets = data.bags(rows, s_in, s_out)
+    assert inputs.shape == (2, l, s_in) and targets.shape == (2, l, s_out)
+    for b in range(2):
+        for j in range(l):
+            assert inputs[b, j].tolist() == [rows[b, j * s_in + i] for i in range(s_in)]
+            assert targets[b, j].tolist() == [rows[b, (j + 1) * s_in + i] for i in range(s_out)]
+
+
+def test_a_superposed_step_costs_the_flops_of_a_baseline_step():
+    counted = {}
+    for s in (1, 6):
+        model, rows = GPT(SMALL), torch.randint(0, VOCAB, (3, 17 * s))
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(*data.bags(rows, s, s)).backward()
+        counted[s] = counter.get_total_flops()
+    assert counted[6] == counted[1] == model.flops_per_token() * 3 * 16
+
+
+def test_superposition_adds_no_parameter_and_no_buffer():
+    model = GPT(SMALL)
+    before = {name: value.shape for name, value in model.state_dict().items()}
+    model(*data.bags(torch.randint(0, VOCAB, (1, 17 * 6)), 6, 6)).backward()
+    assert {name: value.shape for name, value in model.state_dict().items()} == before
+    assert model(torch.randint(0, VOCAB, (1, 16, 1))).shape == (1, 16, 256)    # 250 tokens, padded to 64s
+
+
+# The model
+
+def test_attention_is_causal_grouped_and_rotary():
+    attention = models.Attention(SMALL)
+    x = torch.randn(2, 16, 32)
+    cos, sin = models.rope_table(16, 8, 10_000.0)
+    q, k, v = attention.qkv(x).view(2, 16, 8, 8).split((4, 2, 2), dim=2)       # (B, l, heads, head_dim)
+
+    def rotate(vector, position):
+        out = torch.empty(8)
+        for i in range(4):
+            angle = position * 10_000.0 ** (-2 * i / 8)
+            a, b = vector[i], vector[i + 4]
+            out[i] = a * math.cos(angle) - b * math.sin(angle)
+            out[i + 4] = b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    slow = torch.empty(2, 16, 4, 8)
+    for b in range(2):
+        for t in range(16):
+            for head in range(4):
+                query = rotate(q[b, t, head], t)
+                scores = torch.stack([query @ rotate(k[b, u, head // 2], u) for u in range(t + 1)]) / math.sqrt(8)
+                slow[b, t, head] = scores.softmax(0) @ v[b, :t + 1, head // 2]
+    torch.testing.assert_close(attention(x, cos, sin), attention.out(slow.flatten(2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset, millions", [("270m", 266.06), ("600m", 568.96), ("3b", 3018.5)])
+def test_presets_have_the_size_that_the_table_says(preset, millions):
+    with torch.device("meta"):
+        model = GPT(models.PRESETS[preset])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05 if preset == "3b" else 0.005)
+    assert train_tst.RECIPES[preset]["batch_size"] % 8 == 0
+
+
+def test_initial_weights():
+    model = GPT(Config(8, 64, 4, 2, 192, vocab_size=1000))
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            std = 0.02 / 4 if name.endswith(("out.weight", "down.weight")) else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
+        else:
+            assert torch.equal(p, torch.ones_like(p)), name
+
+
+def test_sampling_never_gives_a_padded_row_and_greedy_is_deterministic():
+    model = GPT(SMALL)
+    with torch.no_grad():
+        model.head.weight[VOCAB:] = 100 * model.head.weight[:6].sign()        # the padding would win if it could
+    sampled = list(model.generate([1], 200, temperature=5.0, top_k=1000, generator=torch.Generator().manual_seed(0)))
+    assert max(sampled) < VOCAB and len(set(sampled)) > 20
+    assert list(model.generate([1, 2], 20, temperature=0)) == list(model.generate([1, 2], 20, temperature=0))
+
+
+# The data
+
+def test_a_batch_is_the_slice_of_the_stream_that_the_rule_says(corpus):
+    tokens, *_ = data.load(corpus)
+    whole = np.concatenate([np.fromfile(corpus / f"a_train_{k}.bin", "<u2", offset=1024) for k in (0, 1)]).astype(int)
+    assert len(tokens) == len(whole) == 60_000 and tokens.read(24_990, 20).tolist() == whole[24_990:25_010].tolist()
+    batches = data.Batches(tokens, [(5, 3, 2), (10, 1, 1)], batch_size=4, seq_len=16, seed=0)
+    cut = 60_000 * 15 // 25                                 # 5 steps of 3 tokens to 10 of 1
+    for step, s_in, s_out, start, end in ((0, 3, 2, 0, cut), (4, 3, 2, 0, cut), (5, 1, 1, cut, 60_000), (14, 1, 1, cut, 60_000)):
+        for row in batches.rows(step, 0, 4).numpy():
+            found = [i for i in range(start, end, 1) if whole[i] == row[0] and (whole[i:i + len(row)] == row).all()]
+            assert len(row) == 16 * s_in + s_out and any((i - start) % (16 * s_in) == 0 for i in found)
+
+
+class Counting:
+    """A stream whose token i is i, so that a batch shows where it was read."""
+    def __len__(self): return 10_007
+    def read(self, start, n): return np.arange(start, start + n)
+
+
+def test_no_token_is_read_twice_in_either_phase_until_the_data_are_used_up():
+    batches = data.Batches(Counting(), [(14, 4, 4), (48, 1, 1)], batch_size=7, seq_len=13, seed=3)
+    assert 0.9 < batches.epochs < 1
+    seen = np.concatenate([batches.rows(step, 0, 7)[:, :13 * (4 if step < 14 else 1)].flatten() for step in range(62)])
+    assert len(seen) == len(set(seen.tolist())) == 7 * 13 * (14 * 4 + 48)
+    assert all(batches.epoch(step) == 0 for step in range(62))
+
+
+def test_the_rows_of_a_batch_are_spread_over_the_whole_stretch():
+    batches = data.Batches(Counting(), [(0, 6, 6), (50, 1, 1)], batch_size=8, seq_len=10, seed=0)
+    for step in range(50):
+        starts = sorted(batches.rows(step, 0, 8)[:, 0].tolist())
+        assert max(b - a for a, b in zip(starts, starts[1:] + [starts[0] + 10_007])) < 10_007 / 3
+
+
+def test_any_split_into_processes_and_micro_batches_reads_the_same_rows():
+    batches = data.Batches(Counting(), [(9, 2, 2), (9, 1, 1)], batch_size=12, seq_len=10, seed=1)
+    for step in (0, 8, 9, 17):
+        parts = torch.cat([batches.rows(step, first, 3) for first in (0, 3, 6, 9)])
+        assert torch.equal(parts, batches.rows(step, 0, 12))
+
+
+def test_seeds_differ_in_data_order():
+    first = [data.Batches(Counting(), [(9, 2, 2), (9, 1, 1)], 4, 10, seed).rows(0, 0, 4) for seed in (0, 0, 1)]
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+
+
+def test_the_strides_visit_every_window():
+    for n in (*range(1, 200), 1_000_003, 2 ** 20):
+        assert math.gcd(data.golden_stride(n), n) == 1
+
+
+def test_validation_is_the_next_token_loss_in_nats_per_token_and_bits_per_byte(corpus):
+    args, _ = train_tst.parse(flags(corpus, "unused", "--n-layer", "1"))
+    _, val, _, encoding = data.load(corpus)
+    model = GPT(SMALL)
+    nats, bits = train_tst.validation(val, args, encoding, 0, 1, torch.device("cpu"))(model, torch.autocast("cpu", enabled=False))
+    tokens = torch.from_numpy(val.read(0, 9_985))                              # 10,000 tokens: 624 rows of 16 and a rest
+    logits = model(tokens[:-1].view(624, 16, 1)).flatten(0, 1)
+    assert nats == pytest.approx(F.cross_entropy(logits, tokens[1:]).item(), rel=1e-5)
+    bytes_ = (tokens[1:] != VOCAB - 1).sum().item()                             # one a token, none for end-of-text
+    assert bits == pytest.approx(nats * 9_984 / bytes_ / math.log(2), rel=1e-5)
+
+
+def test_the_vocabulary_is_deterministic_and_compresses():
+    texts = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.py"))]
+    ranks = data.train_bpe(texts, 1000)
+    assert ranks == data.train_bpe(texts, 1000) and sorted(ranks.values()) == list(range(1000))
+    encoding = tiktoken.Encoding("t", pat_str=data.PATTERN, mergeable_ranks=ranks, special_tokens={})
+    ids = encoding.encode_ordinary(texts[0])
+    assert encoding.decode(ids) == texts[0] and len(texts[0].encode()) / len(ids) > 2.4
+    assert len(data.train_bpe(["abab"], 1000)) == 256 + 2                      # ab, abab, and then no pair is left
+
+
+def test_the_most_frequent_pair_is_merged_first():
+    ranks = data.train_bpe(["aaab aab ab xyxyxy"], 259)
+    counts = {b"xy": 3, b"aa": 3, b"ab": 3, b"yx": 2}                           # "aa" overlaps: aaa holds it twice
+    assert [token for token, rank in ranks.items() if rank >= 256][0] == min(counts, key=lambda t: (-counts[t], t))
+
+
+def small_corpus(folder, monkeypatch, files):
+    """Build the built-in corpus from `files` {name: text} instead of this machine's, in seconds."""
+    source = folder.parent / "source"
+    source.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (source / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    monkeypatch.setattr(data, "VOCAB_SIZE", 300)
+    monkeypatch.setattr(data, "python_files", lambda: sorted((path.name, path) for path in source.iterdir()))
+    data.build_python_corpus(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_built_in_corpus(tmp_path, monkeypatch):
+    files = {f"{i}.py": f"def function_{i}(x):\n    return x + {i}\n" for i in range(300)}
+    files.update({"copy.py": files["7.py"], "latin.py": b"caf\xe9 = 1\n"})
+    built = small_corpus(tmp_path / "python", monkeypatch, files)
+    assert set(built) == {f"python_{split}_000000.bin" for split in data.SPLITS} | {"meta.json", "encoding.json"}
+    train, val, meta, encoding = data.load(tmp_path / "python")
+    test = data.Stream([tmp_path / "python" / "python_test_000000.bin"], 300)
+    documents = [encoding.decode(stream.read(0, len(stream)).tolist()).split(data.END_OF_TEXT)[1:] for stream in (train, val, test)]
+    for split, found in zip(data.SPLITS, documents):
+        assert set(found) == {text for name, text in files.items() if data.split_of(name) == split
+                              and name not in ("copy.py", "latin.py")}
+    assert sum(map(len, documents)) == 300                                      # the copy and the Latin-1 file are gone
+    assert encoding.n_vocab == meta["vocab_size"] == 300
+
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "python").iterdir()}
+    assert small_corpus(tmp_path / "python", monkeypatch, {}) == built          # unchanged sources: left alone
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "python").iterdir()}
+    changed = small_corpus(tmp_path / "python", monkeypatch, {"0.py": "changed = True\n"})
+    assert changed["meta.json"] != built["meta.json"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("python")] == ["python"]   # nothing left over
+
+
+def test_about_three_percent_of_the_files_go_to_validation_and_to_test():
+    splits = [data.split_of(f"package/file_{i}.py") for i in range(20_000)]
+    assert 0.027 < splits.count("val") / 20_000 < 0.033 and 0.027 < splits.count("test") / 20_000 < 0.033
+
+
+def test_two_builders_at_once_do_not_corrupt_the_corpus(tmp_path):
+    (tmp_path / "source").mkdir()
+    for i in range(400):
+        (tmp_path / "source" / f"{i}.py").write_text(f"value_{i} = {list(range(i))}\n")
+    code = ("import sys, data; from pathlib import Path; data.VOCAB_SIZE = 300; "
+            f"data.python_files = lambda: sorted((p.name, p) for p in Path({str(tmp_path / 'source')!r}).iterdir()); "
+            f"f = Path({str(tmp_path / 'python')!r}); data.build_python_corpus(f); print(len(data.load(f)[0]))")
+    builders = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                for _ in range(3)]
+    printed = [builder.communicate(timeout=120) for builder in builders]
+    assert [builder.returncode for builder in builders] == [0, 0, 0], printed
+    assert len({out.split()[-1] for out, _ in printed}) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["python", "source"]
+
+
+# The run
+
+@pytest.fixture(scope="session")
+def run(corpus, tmp_path_factory):
+    """A finished run: its folder."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train_tst.main(flags(corpus, out, "--steps", "60", "--eval-every", "20", "--lr", "0.01"))
+    return out
+
+
+def test_a_short_run_lowers_the_loss_and_writes_what_it_promises(run):
+    log = lines(run)
+    assert [set(line) for line in log] == 60 * [{"step", "phase", "s", "loss", "lr", "val_loss", "val_bpb", "tokens",
+                                                "s_tokens", "seconds"}]
+    assert [line["step"] for line in log] == list(range(1, 61))
+    assert [(line["phase"], line["s"]) for line in log] == 30 * [("superposition", 3)] + 30 * [("recovery", 1)]
+    assert [line["tokens"] for line in log] == [128 * (3 * min(n, 30) + max(0, n - 30)) for n in range(1, 61)]
+    assert [line["s_tokens"] for line in log] == [128 * n for n in range(1, 61)]
+    assert [line["step"] for line in log if line["val_loss"] is not None] == [20, 40, 60]
+    assert all((line["val_loss"] is None) == (line["val_bpb"] is None) for line in log)
+    assert all(a["seconds"] < b["seconds"] for a, b in zip(log, log[1:]))
+    assert log[0]["loss"] == pytest.approx(math.log(256), abs=0.1)              # 250 tokens in a padded head of 256
+    assert log[-1]["val_loss"] < log[19]["val_loss"] - 0.3
+    assert {path.name for path in run.iterdir()} == {"args.json", "meta.json", "encoding.json", "metrics.jsonl", "ckpt.pt",
+                                                     "ckpt_switch.pt"}
+
+
+def test_the_learning_rate_warms_up_stays_and_decays_across_the_switch(run):
+    rates = [line["lr"] for line in lines(run)]                                 # warmup 2, decay over the last 30
+    assert rates[:31] == pytest.approx([0.005] + 30 * [0.01])
+    assert rates[30:] == pytest.approx([0.01 * (30 - k) / 30 for k in range(30)])
+
+
+def test_the_switch_changes_s_and_nothing_else(corpus, tmp_path, run):
+    """The first recovery step, taken by hand from ckpt_switch.pt, is the run's."""
+    checkpoint = models.load_checkpoint(run / "ckpt_switch.pt")
+    assert checkpoint["step"] == 30 and checkpoint["optimizer"]["state"][0]["step"] == 30
+    model = GPT(Config(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    tokens, *_ = data.load(corpus)
+    batches = data.Batches(tokens, [(30, 3, 3), (30, 1, 1)], 8, 16, 0)
+    with torch.no_grad():
+        loss = model(*data.bags(batches.rows(30, 0, 8), 1, 1))
+    assert loss.item() == pytest.approx(lines(run)[30]["loss"], rel=1e-6)
+
+
+def test_the_baseline_is_the_same_code_path(corpus, tmp_path):
+    train_tst.main(flags(corpus, tmp_path / "s1", "--s", "1"))
+    train_tst.main(flags(corpus, tmp_path / "r0", "--r", "0"))
+    assert losses(tmp_path / "s1") == losses(tmp_path / "r0")
+    assert {(line["phase"], line["s"]) for line in lines(tmp_path / "s1")} == {("recovery", 1)}
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(corpus, tmp_path):
+    for micro in ("8", "2"):
+        train_tst.main(flags(corpus, tmp_path / micro, "--micro-batch-size", micro))
+    assert losses(tmp_path / "8") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
+
+
+def test_halves_and_weightings_train(corpus, tmp_path):
+    train_tst.main(flags(corpus, tmp_path / "in", "--s-out", "1"))
+    train_tst.main(flags(corpus, tmp_path / "out", "--s-in", "1", "--weighting", "power"))
+    assert lines(tmp_path / "in")[5]["tokens"] == 6 * 128 * 3 and lines(tmp_path / "out")[5]["tokens"] == 6 * 128
+    assert losses(tmp_path / "in")[:6] != losses(tmp_path / "out")[:6]
+
+
+@pytest.mark.parametrize("stop", [2, 6, 9])
+def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, monkeypatch, stop):
+    train_tst.main(flags(corpus, tmp_path / "whole"))
+    learning_rate = train_tst.learning_rate
+
+    def interrupted(args, step):
+        if step == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(args, step)
+
+    monkeypatch.setattr(train_tst, "learning_rate", interrupted)
+    train_tst.main(flags(corpus, tmp_path / "parts"))
+    monkeypatch.undo()
+    assert len(lines(tmp_path / "parts")) == stop
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": stop + 1}) + '\n{"torn')                 # written after the last checkpoint
+    train_tst.main(["--resume", str(tmp_path / "parts")])
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(1, 13))
+    seconds = [line["seconds"] for line in lines(tmp_path / "parts")]
+    assert seconds == sorted(seconds)
+    weights = [models.load_checkpoint(tmp_path / name)["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_torchrun_with_two_processes_equals_one(corpus, tmp_path):
+    train_tst.main(flags(corpus, tmp_path / "one", "--micro-batch-size", "2"))
+    status, out, err = script("train_tst.py", *flags(corpus, tmp_path / "two", "--micro-batch-size", "2"), processes=2)
+    assert status == 0, err
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["val_loss"] == (None if one["val_loss"] is None else pytest.approx(one["val_loss"], rel=1e-5))
+    assert out.count("flags in force") == 1                                     # one rank speaks
+
+
+def test_a_taken_folder_is_never_overwritten(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    without_out = [word for word in flags(corpus, "OUT") if word not in ("--out", "OUT")]
+    for _ in range(2):
+        train_tst.main([*without_out, "--steps", "4", "--warmup-steps", "1"])
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny-s3-r0.5-seed0", "tiny-s3-r0.5-seed0-2"]
+
+
+def test_a_run_that_used_up_its_data_says_so(corpus, tmp_path, capsys):
+    train_tst.main(flags(corpus, tmp_path / "run", "--steps", "400", "--s", "6", "--eval-every", "400"))
+    printed = capsys.readouterr().out
+    assert "2.99 epochs" in printed and "--steps 133 stays within one" in printed
+    assert [int(epoch) for epoch in re.findall(r"its epoch (\d) begins", printed)] == [2, 3, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(corpus, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_tst.main(flags(corpus, tmp_path / "run", "--lr", "1e30", "--warmup-steps", "9", "--decay-frac", "0",
+                              "--save-every", "1"))
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and re.search(r"step \d+: the loss is", message)
+    checkpoint = models.load_checkpoint(tmp_path / "run")
+    assert f"of step {checkpoint['step']}" in message
+    assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())
+
+
+def test_without_a_compiler_the_run_is_eager_and_says_so(corpus, tmp_path):
+    status, out, err = script("train_tst.py", *flags(corpus, tmp_path / "run", "--compile"), CXX="/nowhere/c++",
+                              TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache", PATH="/nowhere")
+    assert status == 0 and out.count("torch.compile does not work here, so this run is eager") == 1, (out, err)
+    assert len(lines(tmp_path / "run")) == 12
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_has_the_losses_and_the_parameter_names_of_an_eager_one(corpus, tmp_path):
+    train_tst.main(flags(corpus, tmp_path / "eager"))
+    status, out, err = script("train_tst.py", *flags(corpus, tmp_path / "compiled", "--compile"))
+    assert status == 0 and "eager" not in out.replace(str(tmp_path), ""), err
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+    names = [set(models.load_checkpoint(tmp_path / name)["model"]) for name in ("eager", "compiled")]
+    assert names[0] == names[1] and not any("_orig_mod" in name for name in names[1])
+
+
+def test_bfloat16_autocast_trains(corpus, tmp_path):
+    train_tst.main(flags(corpus, tmp_path / "run", "--dtype", "bfloat16"))
+    train_tst.main(flags(corpus, tmp_path / "float", "--dtype", "float32"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "float"), rel=1e-2)
+    assert losses(tmp_path / "run") != losses(tmp_path / "float")
+
+
+def test_sampling_needs_the_runs_folder_alone_and_puts_text_alone_on_standard_output(run, tmp_path):
+    shutil.copytree(run, tmp_path / "moved")
+    first, again, other = (script("model.py", tmp_path / "moved", "--prompt", "ab", "--tokens", "30", "--seed", seed)
+                           for seed in (1, 1, 2))
+    assert first[0] == 0 and first[1].startswith("ab") and first[1] == again[1] != other[1], first[2]
+    status, out, err = script("model.py", tmp_path / "moved" / "ckpt_switch.pt", "--prompt", "x" * 40, "--tokens", "3")
+    assert status == 0 and out.startswith("x" * 40) and "cut to its last 16" in err
+
+
+# Bad input
+
+@pytest.mark.parametrize("bad, names", [
+    (["--s", "0"], "--s"), (["--s", "two"], "--s"), (["--s-in", "0"], "--s-in"), (["--r", "1.5"], "--r"),
+    (["--r", "nan"], "--r"), (["--steps", "0"], "--steps"), (["--batch-size", "-1"], "--batch-size"),
+    (["--micro-batch-size", "0"], "--micro-batch-size"), (["--micro-batch-size", "3"], "--micro-batch-size 3"),
+    (["--seq-len", "0"], "--seq-len"), (["--lr", "0"], "--lr"), (["--lr", "inf"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--warmup-steps", "9"], "--warmup-steps 9"), (["--decay-frac", "2"], "--decay-frac"), (["--model", "7t"], "--model"),
+    (["--device", "cuda:99"], "--device cuda:99"), (["--device", "toaster"], "--device toaster"),
+    (["--n-head", "5"], "--n-head 5"), (["--n-kv-head", "3"], "--n-kv-head 3"), (["--n-embd", "36"], "--n-head 4"),
+    (["--data", "/nowhere"], "/nowhere"), (["--resume", "/nowhere"], "/nowhere"), (["--seed", "-1"], "--seed"),
+    (["--batch-size", "4000"], "--batch-size"), (["--seq-len", "20000"], "--seq-len"), (["--nonsense"], "--nonsense"),
+])
+def test_bad_flags_end_in_one_clear_line(corpus, tmp_path, monkeypatch, capsys, bad, names):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train_tst.main([*flags(corpus, tmp_path / "run"), *bad])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and names in err and list(tmp_path.iterdir()) == []
+
+
+def shard(path, tokens=range(1000), magic=20240520, version=1, count=None, cut=None):
+    """A shard put together by hand from the format's description."""
+    body = np.asarray(tokens, "<u2").tobytes()
+    header = np.array([magic, version, len(body) // 2 if count is None else count] + 253 * [0], "<i4").tobytes()
+    path.write_bytes((header + body)[:cut])
+
+
+@pytest.mark.parametrize("broken, says", [
+    (dict(cut=0), "not an llm.c shard"), (dict(cut=1500), "truncated"), (dict(count=1001), "truncated"),
+    (dict(magic=7), "not an llm.c shard"), (dict(version=7), "not an llm.c shard"), (dict(tokens=[]), "promises 0 tokens"),
+    (dict(count=-1), "truncated"), (dict(tokens=2000 * [60_000]), "beyond the vocabulary")])
+def test_bad_shards_end_in_one_clear_line(tmp_path, capsys, broken, says):
+    shard(tmp_path / "x_train_0.bin", np.arange(20_000) % 50_000, **{k: v for k, v in broken.items() if k != "tokens"})
+    if "tokens" in broken:
+        shard(tmp_path / "x_train_0.bin", broken["tokens"])
+    shard(tmp_path / "x_val_0.bin")
+    with pytest.raises(SystemExit) as stop:
+        train_tst.main(flags(tmp_path, tmp_path / "run"))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and says in err and "x_train_0.bin" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_flags_other_data_or_no_checkpoint_is_refused(corpus, run, tmp_path, capsys):
+    def refused(*argv):
+        with pytest.raises(SystemExit) as stop:
+            train_tst.main([str(word) for word in argv])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert "--s 6 contradicts" in refused("--resume", run, "--s", "6")
+    assert "holds a run" in refused(*flags(corpus, run))
+    other = shutil.copytree(corpus, tmp_path / "other")
+    (other / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": VOCAB, "hash": "2"}))
+    moved = shutil.copytree(run, tmp_path / "moved")
+    checkpoint = torch.load(moved / "ckpt.pt", weights_only=True)
+    checkpoint["args"]["data"] = str(other)
+    torch.save(checkpoint, moved / "ckpt.pt")
+    assert "no longer holds the data" in refused("--resume", moved)
+    (moved / "ckpt.pt").unlink()
+    assert "no checkpoint there" in refused("--resume", moved)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, (Hostile.folder,)
+
+
+def test_a_truncated_checkpoint_and_a_hostile_pickle_are_refused_and_run_nothing(run, tmp_path, capsys):
+    Hostile.folder = str(tmp_path / "owned")
+    whole = (run / "ckpt.pt").read_bytes()
+    torch.save({"model": Hostile(), "step": 1}, tmp_path / "hostile.pt")
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    for name, content in {"half.pt": whole[:len(whole) // 2], "empty.pt": b"", "text.pt": b"hello"}.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("hostile.pt", "foreign.pt", "half.pt", "empty.pt", "text.pt"):
+        with pytest.raises(SystemExit) as stop:
+            models.load_checkpoint(tmp_path / name)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and name in err
+    assert not (tmp_path / "owned").exists()
