@@ -72,7 +72,7 @@ def train(args, checkpoint=None):
     say = tqdm.write if rank == 0 else lambda line: None
     device = torch.device(args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank) if world > 1 else device
+        device = torch.device("cuda", local_rank if world > 1 else device.index or 0)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                      # TF32 for float32 products
     if world > 1:
@@ -119,7 +119,7 @@ def train(args, checkpoint=None):
         for block in model.blocks:                                      # by parts and in place: all blocks share one
             block.compile(dynamic=False)                                # graph, which the switch leaves as it is, and
         model.loss = torch.compile(model.loss, dynamic=False)           # the parameters keep their names
-    wrapped = DistributedDataParallel(model) if world > 1 else model
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # Validation, log, checkpoints
@@ -146,13 +146,17 @@ def train(args, checkpoint=None):
                  f"{args.lr:g}; {last_save}", status=1)
         if log:
             log.write(json.dumps(entry).encode() + b"\n")
+        rate = bar.format_dict["rate"] or 0.0                           # steps per second, smoothed
+        bar.set_postfix_str(
+            f"{entry['phase']} s={entry['s']} loss {entry['loss']:.3f} val {val_loss:.3f} {rate * positions * s_in:,.0f} "
+            "tokens/s" + (f" MFU {rate * flops / peak:.1%}" if peak else ""), refresh=False)
 
     # The loop
     flag = stop_flag()
     bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True)
     positions = args.batch_size * args.seq_len                          # that the trunk sees in a step
     flops, peak = model.flops_per_token() * positions / world, peak_flops(device)
-    weights = pending = val_loss = None
+    weights, pending, val_loss = None, None, math.nan
     begun = time.time()
     rows = fetch(start * accumulation)
     for step in range(start, args.steps):
@@ -204,10 +208,6 @@ def train(args, checkpoint=None):
             if evaluating:
                 say(f"step {done:,}  {entry['phase']} s={entry['s']}  loss {entry['loss']:.4f}  {bits(entry)}  "
                     f"{entry['tokens']:,} tokens  {entry['seconds']:.0f} s")
-        rate = bar.format_dict["rate"] or 0.0                           # steps per second, smoothed
-        bar.set_postfix_str(
-            f"{entry['phase']} s={entry['s']} val {math.nan if val_loss is None else val_loss:.3f} "
-            f"{rate * positions * s_in:,.0f} tokens/s" + (f" MFU {rate * flops / peak:.1%}" if peak else ""), refresh=False)
         bar.update()
         if stopping:
             break
@@ -244,6 +244,8 @@ def parse(argv=None):
                      "leave it out, or start a new run")
     fill_defaults(args)
     check(args)
+    if checkpoint and checkpoint["step"] >= args.steps:
+        fail(f"--resume {args.resume}: the run is complete, all {args.steps} steps; start a new one")
     return args, checkpoint
 
 
