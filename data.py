@@ -40,13 +40,15 @@ SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 100_000_000
 HEADER_BYTES = 1024
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}      # llm.c's (magic, version)
-REMEDY = ("`python data.py fineweb --shards 10` downloads shards, `python data.py text FILES --out FOLDER` makes them of "
-          "text, and without --data the corpus is the built-in one")
-GPT2 = {"tokenizer": "gpt2", "vocab_size": 50_257}
-FINEWEB = {103: "kjj0/fineweb10B-gpt2", 1030: "kjj0/fineweb100B-gpt2"}          # training shards: repository
-FINEWEB_EDU = {99: "kjj0/finewebedu10B-gpt2"}
-RETRIES, BACKOFF = 6, 1.0               # times in a row that bring no byte; seconds, doubled each time
 BATCH_CHARS, DOCUMENT_CHARS = 2 ** 24, 2 ** 18          # tokenized at once; a longer text file is cut into documents
+REMEDY = ("`python data.py fineweb --shards 10` downloads shards, `python data.py text FILES --out FOLDER` makes them "
+          "from text, and without --data the corpus is the built-in one")
+
+GPT2 = {"tokenizer": "gpt2", "vocab_size": 50_257}
+FINEWEB = {                             # start of the files' names: training shards: Hugging Face dataset
+    "fineweb": {103: "kjj0/fineweb10B-gpt2", 1030: "kjj0/fineweb100B-gpt2"},
+    "finewebedu": {99: "kjj0/finewebedu10B-gpt2"}}
+RETRIES, BACKOFF = 6, 1.0               # times in a row that bring no byte; seconds, doubled each time
 
 PYTHON_CORPUS = Path("data/python")     # this path names the built-in corpus, which is made when absent
 PYTHON_PACKAGES = ("torch torchgen functorch numpy tiktoken tqdm sympy mpmath networkx jinja2 fsspec filelock "
@@ -59,8 +61,8 @@ PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+ *)
            r"|\s*[\r\n]+ *|\s+(?!\S)|\s+")
 PATTERNS = {                            # of the tokenizers whose files hold byte pairs alone
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+"}
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+"}
 
 
 def fail(message, status=2):
@@ -172,11 +174,12 @@ def read_shard(path):
     *kind, count = map(int, np.fromfile(path, "<i4", 3)) if size >= HEADER_BYTES else (0, 0, 0)
     dtype = FORMATS.get(tuple(kind))
     if dtype is None:
-        fail(f"{path}: not an llm.c shard (256 int32 of header that start {' or '.join(map(str, FORMATS))}, then the tokens)"
-             + (", but nanoGPT's tokens without a header" if path.name in ("train.bin", "val.bin") else "") + f"; {REMEDY}")
+        what = ": nanoGPT's, without a header" if path.name in ("train.bin", "val.bin") else ""
+        fail(f"{path}: not an llm.c shard (256 int32 that start {' or '.join(map(str, FORMATS))}, then tokens){what}; "
+             + REMEDY)
     if count < 1 or size != HEADER_BYTES + dtype.itemsize * count:
-        fail(f"{path}: its header promises {count:,} tokens, {HEADER_BYTES + dtype.itemsize * count:,} bytes, and the file "
-             f"has {size:,}: truncated or damaged; delete it, and make or download it again")
+        fail(f"{path}: its header promises {count:,} tokens, {HEADER_BYTES + dtype.itemsize * count:,} bytes, and the "
+             f"file has {size:,}: truncated or damaged; delete it, and make or download it again")
     return np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(count,))
 
 
@@ -432,7 +435,7 @@ def text(args):
 
 
 def read_documents(files, field):
-    """Yield (text, split) from files, [(path, name), ...]: each line of a .jsonl, other files whole, or in parts if long."""
+    """Yield (text, split) from files, [(path, name), ...]: a .jsonl by lines, others whole, or in parts if long."""
     for path, name in files:
         jsonl = path.suffix == ".jsonl"
         try:
@@ -447,7 +450,7 @@ def read_documents(files, field):
                         try:
                             text = json.loads(text)[field].encode(errors="replace").decode()
                         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                            fail(f"{path}:{n}: not a JSON object with text in its field {field!r}; mend the line, or say "
+                            fail(f"{path}:{n}: not a JSON object with text in its field {field!r}; mend it, or say "
                                  "--field")
                     if text.strip():
                         yield text, split_of(f"{name}:{n}")
@@ -471,7 +474,7 @@ def choose_encoding(args, texts):
         except ValueError:
             ranks = {}
         if not {bytes([i]) for i in range(256)} <= set(ranks) or sorted(ranks.values()) != list(range(len(ranks))):
-            fail(f"--tokenizer {name}: not a tiktoken BPE file (a token in base64 and its rank a line, every byte a token)")
+            fail(f"--tokenizer {name}: not a tiktoken BPE file, which has a token in base64 and its rank a line")
         return byte_pair_encoding(Path(name).stem, PATTERNS[args.pattern], ranks)
     if name not in tiktoken.list_encoding_names():
         fail(f"--tokenizer {name}: no such file; the names are train, {', '.join(tiktoken.list_encoding_names())}")
@@ -482,17 +485,23 @@ def choose_encoding(args, texts):
     return encoding
 
 
+def fineweb_repo(stem, shards):
+    """The smallest dataset whose files are so called that has that many training shards."""
+    return next(repo for most, repo in FINEWEB[stem].items() if shards <= most)
+
+
 def fineweb(args):
     """Download the validation shard and the training shards 1 .. args.shards, but those that are there."""
-    repos, stem = (FINEWEB_EDU, "finewebedu") if args.edu else (FINEWEB, "fineweb")
-    if not 1 <= args.shards <= max(repos):
-        fail(f"--shards {args.shards}: there are 1 to {max(repos)}")
-    repo = next(repo for most, repo in repos.items() if args.shards <= most)
-    out = Path(args.out)
-    held = read_json(out / "meta.json").get("repo") if (out / "meta.json").exists() else \
-        repos[min(repos)] if any(out.glob("*.bin")) else repo
-    if held != repo or out.exists() and any(not path.name.startswith((stem + "_", "meta.json")) for path in out.iterdir()):
-        fail(f"--out {out} holds other data than {repo}, whose documents may recur in it; name another folder")
+    stem, out = "finewebedu" if args.edu else "fineweb", Path(args.out)
+    if not 1 <= args.shards <= max(FINEWEB[stem]):
+        fail(f"--shards {args.shards}: there are 1 to {max(FINEWEB[stem])}")
+    repo, held = fineweb_repo(stem, args.shards), None
+    if (out / "meta.json").exists():
+        held = read_json(out / "meta.json").get("repo", "of another tokenizer")
+    elif any(out.glob("*.bin")):
+        held = fineweb_repo(stem, 1)    # modded-nanogpt's, most likely
+    if held not in (None, repo) or any(not path.name.startswith((f"{stem}_", "meta.json")) for path in out.glob("*")):
+        fail(f"--out {out} holds other data, and {repo} may repeat its documents; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / "meta.json").write_text(json.dumps({**GPT2, "repo": repo}))
     names = [f"{stem}_val_000000.bin"] + [f"{stem}_train_{k:06d}.bin" for k in range(1, args.shards + 1)]
@@ -505,7 +514,7 @@ def fineweb(args):
 
 
 def download(url, path, bar):
-    """Fetch the shard at url to path: first to path.part, and from its end on after a failure, of this run or another."""
+    """Fetch the shard at url to path, by way of path.part, which it goes on with after any failure."""
     part, before, failures = path.with_name(path.name + ".part"), bar.n, 0
     while not path.exists():
         have = part.stat().st_size if part.exists() else 0
@@ -518,7 +527,7 @@ def download(url, path, bar):
                     reply.raise_for_status()
                     with open(part, "ab" if reply.status_code == 206 else "wb") as file:
                         whole = file.tell() + int(reply.headers.get("Content-Length", 0))
-                        for chunk in reply.iter_content(2 ** 20):
+                        for chunk in reply.iter_content(2 ** 16):
                             file.write(chunk)
                             bar.update(before + file.tell() - bar.n)
                         if file.tell() < whole:
@@ -541,15 +550,15 @@ def main(argv=None):
     """Download or tokenize as argv says (default: the command line). SystemExit(2) on bad input."""
     parser = argparse.ArgumentParser(description="Make a folder of token shards to train on.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("fineweb", help="download the GPT-2 tokens of FineWeb, 100M a shard", allow_abbrev=False)
+    command = commands.add_parser("fineweb", help="download GPT-2 tokens of FineWeb, 100M a shard", allow_abbrev=False)
     command.add_argument("--shards", type=int, required=True, help="training shards to have, 200 MB each")
     command.add_argument("--edu", action="store_true", help="FineWeb-Edu, of which there are 99")
     command.add_argument("--out", help="folder (default: data/fineweb, or data/fineweb-edu)")
     other = commands.add_parser("text", help="tokenize your own text", allow_abbrev=False)
     other.add_argument("paths", nargs="+", help="text files, .jsonl files, and folders of them")
     other.add_argument("--out", required=True, help="the new folder")
-    other.add_argument("--tokenizer", default="gpt2", help="tiktoken's name of it, a tiktoken BPE file, or train, which "
-                       "makes one from the text (default: gpt2)")
+    other.add_argument("--tokenizer", default="gpt2",
+                       help="tiktoken's name of it, a tiktoken BPE file, or train, on the text (default: gpt2)")
     other.add_argument("--pattern", choices=tuple(PATTERNS), help="how text is split, for a tokenizer from a file")
     other.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="for train (default: %(default)s)")
     other.add_argument("--field", default="text", help="of a .jsonl's objects (default: text)")

@@ -90,7 +90,7 @@ def train(args, checkpoint=None):
     switch_step = round(args.r * args.steps) if max(args.s_in, args.s_out) > 1 else 0
     batches = data.Batches(train_tokens, [(switch_step, args.s_in, args.s_out), (args.steps - switch_step, 1, 1)],
                            args.batch_size, args.seq_len, args.seed)
-    say(describe(args, switch_step, train_tokens, batches, encoding))
+    say(describe(args, switch_step, train_tokens, batches, encoding, meta))
     share, micro = args.batch_size // world, micro_batch_size(args)
     accumulation = share // micro
 
@@ -325,7 +325,7 @@ def learning_rate(args, step):
     return args.lr * min(1.0, (step + 1) / warmup, (args.steps - step) / decay)
 
 
-def describe(args, switch_step, tokens, batches, encoding):
+def describe(args, switch_step, tokens, batches, encoding, meta):
     """What the run will read, what it does without, and what to type for something else."""
     positions = args.batch_size * args.seq_len
     lines = [f"{args.model} on {args.data}: of {len(tokens):,} training tokens it reads "
@@ -334,9 +334,20 @@ def describe(args, switch_step, tokens, batches, encoding):
     if batches.epochs > 1:
         lines.append("above one epoch tokens repeat, and TST lives on spare data: --steps "
                      f"{int(args.steps / batches.epochs)} stays within one")
+        stem = tokens.files[0].name.split("_")[0]
+        if stem in data.FINEWEB:
+            there, most = len(tokens.files), max(data.FINEWEB[stem])
+            needs = math.ceil(batches.epochs * len(tokens) / len(tokens.shards[0]))
+            more = {"shards": min(needs, most), "edu": stem == "finewebedu" or None, "out": args.data}
+            if data.fineweb_repo(stem, more["shards"]) != meta.get("repo", data.fineweb_repo(stem, 1)):
+                more["out"] += "-100B"                          # whose first 103 shards are others
+            lines.append(f"it needs {needs} shards of FineWeb, and {there} of {most} are there: python data.py fineweb "
+                         + as_flags(more))
     builtin = Path(args.data) == data.PYTHON_CORPUS
     lines.append("for your own shards: python train_tst.py --model 270m --data FOLDER" if builtin else
                  f"for the built-in corpus: python train_tst.py --data {data.PYTHON_CORPUS}")
+    if not (Path(args.data) / "meta.json").exists():
+        lines.append(f"{args.data} does not say which tokenizer it is of: GPT-2's is assumed")
     if encoding is None:
         lines.append("its tokenizer is neither here nor to be downloaded: no bits per byte, no sample")
     if args.device.startswith("cuda") and not has_bfloat16():
