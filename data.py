@@ -144,10 +144,10 @@ class Stream:
 
     def __init__(self, files, vocab_size):
         self.files, self.vocab_size = files, vocab_size
-        self.shards = [read_shard(file) for file in files]
-        for file, shard in zip(files, self.shards):         # the rest is checked as it is read
-            self.check(shard[:2 ** 20], file)
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.shard = functools.lru_cache(500)(read_shard)   # each holds a file open, of which a process has 1,024 or so
+        for file in files:                                  # the rest is checked as it is read
+            self.check(self.shard(file)[:2 ** 20], file)
+        self.ends = np.cumsum([len(self.shard(file)) for file in files])
 
     def __len__(self):
         return int(self.ends[-1])
@@ -156,7 +156,7 @@ class Stream:
         """The n tokens from position start on, across the ends of shards: (n,) int64."""
         parts, k = [], int(np.searchsorted(self.ends, start, side="right"))
         while n > 0:
-            part = self.shards[k][start - self.ends[k]:][:n]    # counted from the shard's end, so negative
+            part = self.shard(self.files[k])[start - self.ends[k]:][:n]    # counted from the shard's end, so negative
             parts.append(part)
             start, n, k = start + len(part), n - len(part), k + 1
         return self.check(np.concatenate(parts).astype(np.int64), self.files[k - 1])
@@ -211,8 +211,8 @@ def load(folder):
         meta = dict(GPT2)
     streams = [Stream(found, meta["vocab_size"]) for found in files.values()]
     if "hash" not in meta:              # of names, sizes and beginnings: the content can be tens of GB
-        meta["hash"] = sha256(*(f"{file.name} {len(shard)} ".encode() + shard[:4096].tobytes()
-                                for stream in streams for file, shard in zip(stream.files, stream.shards)))
+        meta["hash"] = sha256(*(f"{file.name} {len(stream.shard(file))} ".encode() + stream.shard(file)[:4096].tobytes()
+                                for stream in streams for file in stream.files))
     return *streams, meta, load_encoding(folder, meta["tokenizer"])
 
 
@@ -317,7 +317,7 @@ def write_corpus(folder, name, documents, encoding, **extra):
             write_shard(new / f"{name}_{split}_{shards[split]:06d}.bin", tokens[:SHARD_TOKENS])
             tokens = tokens[SHARD_TOKENS:]
             shards[split] += 1
-        parts[split] = [tokens]
+        parts[split] = [tokens.copy()]                  # a view would keep what is written in memory
 
     new.mkdir(parents=True)
     try:
@@ -425,7 +425,7 @@ def text(args):
         if not files:
             fail(f"{given}: no file there to tokenize")
         found.update(files)
-    for left in out.parent.glob(f"{out.name}.????????"):
+    for left in out.parent.glob(out.name + "." + 8 * "[0-9a-f]"):
         print(f"{left} is left from a run that was killed, unless one is at work there: delete it")
     files = list(found.items())
     random.Random(0).shuffle(files)     # each phase reads its stretch of the stream, and should meet every folder

@@ -337,7 +337,7 @@ def describe(args, switch_step, tokens, batches, encoding, meta):
         stem = tokens.files[0].name.split("_")[0]
         if stem in data.FINEWEB:
             there, most = len(tokens.files), max(data.FINEWEB[stem])
-            needs = math.ceil(batches.epochs * len(tokens) / len(tokens.shards[0]))
+            needs = math.ceil(batches.epochs * len(tokens) / tokens.ends[0])
             more = {"shards": min(needs, most), "edu": stem == "finewebedu" or None, "out": args.data}
             if data.fineweb_repo(stem, more["shards"]) != meta.get("repo", data.fineweb_repo(stem, 1)):
                 more["out"] += "-100B"                          # whose first 103 shards are others
