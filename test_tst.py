@@ -795,7 +795,8 @@ def test_more_shards_can_be_read_than_files_be_open(tmp_path):
         data.write_shard(tmp_path / f"x_train_{k:06d}.bin", np.array([k]))
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))           # many a system's default
-        assert data.Stream(sorted(tmp_path.iterdir()), 1100).read(0, 1100).tolist() == list(range(1100))
+        tokens = data.Stream(sorted(tmp_path.iterdir()), 1100)
+        assert [int(tokens.read(k, 1)[0]) for k in range(1100)] == list(range(1100))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -900,7 +901,7 @@ def test_a_tokenizer_from_a_file_splits_as_its_pattern_says_and_above_65536_toke
 
 
 def test_a_tokenizer_killed_midway_leaves_nothing_in_its_place_and_runs_again(tmp_path):
-    (tmp_path / "big.txt").write_text("".join(f"{i} {i * i} {i ** 5}\n" for i in range(200_000)))
+    (tmp_path / "big.txt").write_text("".join(f"{i} {i * i} {i ** 5}\n" for i in range(60_000)))
     words = ["data.py", "text", tmp_path / "big.txt", "--out", tmp_path / "out", "--tokenizer", "train", "--vocab-size", "257"]
     first = subprocess.Popen([sys.executable, *map(str, words)], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while first.poll() is None and not list(tmp_path.glob("out.*")):
