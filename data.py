@@ -339,8 +339,8 @@ def write_corpus(folder, name, documents, encoding, **extra):
         for split in SPLITS:
             write_shards(split, 1)
         save_encoding(encoding, new)
-        content = sha256(*(read_shard(path) for split in SPLITS for path in sorted(new.glob(f"{name}_{split}_*.bin"))))
-        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "hash": content, **extra}
+        content = [sha256(read_shard(path)).encode() for path in sorted(new.glob("*.bin"))]
+        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "hash": sha256(*content), **extra}
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
             if folder.exists():
