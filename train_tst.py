@@ -37,8 +37,8 @@ from model import GPT, PRESETS, bag_weights, load_checkpoint
 LARGE = dict(steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1,
              eval_every=500, save_every=500, val_tokens=10_000_000)
 RECIPES = {
-    "tiny": dict(steps=6000, batch_size=16, seq_len=64, warmup_steps=200, decay_frac=0.5, lr=4e-3, micro=64,
-                 eval_every=500, save_every=500, val_tokens=200_000),
+    "tiny": dict(steps=10_000, batch_size=8, seq_len=128, warmup_steps=200, decay_frac=0.4, lr=3e-3, micro=64,
+                 eval_every=1000, save_every=1000, val_tokens=200_000),
     "270m": dict(LARGE, lr=1e-3, micro=16),
     "600m": dict(LARGE, lr=5e-4, micro=8),
     "3b": dict(LARGE, lr=1e-4, micro=4),
@@ -405,14 +405,14 @@ def make_folder(args, meta, encoding):
     """Create the run's folder with all that sampling and resuming need beside the checkpoint."""
     bag = args.s_in if args.s_in == args.s_out else f"{args.s_in}to{args.s_out}"
     name = f"runs/{args.model}-s{bag}-r{args.r:g}-seed{args.seed}"
-    for k in itertools.count(1):
-        out = Path(args.out or (name if k == 1 else f"{name}-{k}"))
+    for out in [args.out] if args.out else (name + f"-{k}" * (k > 1) for k in itertools.count(1)):
+        out = Path(out)
         try:
             out.mkdir(parents=True, exist_ok=bool(args.out))
             break
         except FileExistsError:
             if args.out:
-                fail(f"--out {args.out} is a file; name a folder")
+                fail(f"--out {out} is a file; name a folder")
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     (out / "meta.json").write_text(json.dumps(meta, indent=1))
     if encoding:
