@@ -285,7 +285,7 @@ def write_corpus(folder, name, documents, encoding, **extra):
     new.mkdir(parents=True)
     try:
         tokens = {split: [np.zeros(0, np.uint16)] for split in SPLITS}
-        with tqdm(total=sum(len(text) for text, _ in documents), unit="B", unit_scale=True, desc="tokenizing") as bar:
+        with tqdm(total=sum(len(text) for text, _ in documents), unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
             for k in range(0, len(documents), 256):
                 texts, splits = zip(*documents[k:k + 256])
                 for split, ids in zip(splits, encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())):

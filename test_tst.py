@@ -631,3 +631,20 @@ def test_a_truncated_checkpoint_and_a_hostile_pickle_are_refused_and_run_nothing
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and name in err
     assert not (tmp_path / "owned").exists()
+
+
+# The README
+
+def test_the_example_for_your_own_training_loop_trains():
+    example = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    embed, head = torch.nn.Embedding(VOCAB, 16), torch.nn.Linear(16, VOCAB)
+    rows = {s: torch.randint(0, VOCAB, (2, 6 * s)) for s in (1, 6)}
+    read = []
+    space = dict(model=head, embed=embed, steps=10, B=2, l=5, next_rows=lambda B, n: (read.append(n), rows[n // 6])[1],
+                 optimizer=torch.optim.SGD([*embed.parameters(), *head.parameters()], lr=0.5))
+    inputs, targets = data.bags(rows[6], 6, 6)
+    ours = multi_hot_cross_entropy(head(bag_average(embed.weight, inputs)), targets)
+    exec(example.split("for step")[0], space)
+    torch.testing.assert_close(space["superposed_loss"](head, embed, rows[6], 6), ours)
+    exec(example, space)
+    assert read == 3 * [36] + 7 * [6] and space["loss"] < F.cross_entropy(torch.zeros(1, VOCAB), torch.tensor([0]))
