@@ -284,21 +284,21 @@ def check(args):
         fail(f"--device {args.device} is not on this machine: leave it out to take what is")
     if device.type == "cuda" and world > 1 and int(os.environ["LOCAL_RANK"]) >= there:
         fail(f"more processes than the {there} GPUs of this machine: lower torchrun's --nproc_per_node")
-    if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
-        fail(f"--n-head {args.n_head} does not divide --n-embd {args.n_embd} into heads of even width")
-    if args.n_head % args.n_kv_head:
-        fail(f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}")
-    if args.batch_size % world:
-        fail(f"--batch-size {args.batch_size} does not divide by the {world} processes")
-    if args.micro_batch_size and args.batch_size // world % args.micro_batch_size:
-        fail(f"--micro-batch-size {args.micro_batch_size} does not divide the {args.batch_size // world} sequences "
-             f"of a process (--batch-size {args.batch_size} over {world})")
-    decay_steps = round(args.decay_frac * args.steps)
-    if args.warmup_steps + decay_steps > args.steps:
-        fail(f"--warmup-steps {args.warmup_steps} and --decay-frac {args.decay_frac} ({decay_steps} steps) are longer "
-             f"than --steps {args.steps}")
-    if not args.resume and args.out and any((Path(args.out) / name).exists() for name in ("ckpt.pt", "metrics.jsonl")):
-        fail(f"--out {args.out} holds a run: continue it with --resume {args.out}, or name another folder")
+    each, decay_steps = args.batch_size // world, round(args.decay_frac * args.steps)
+    taken = args.out and not args.resume and any((Path(args.out) / name).exists() for name in ("ckpt.pt", "metrics.jsonl"))
+    for wrong, message in (
+        (args.n_embd % args.n_head or args.n_embd // args.n_head % 2,
+         f"--n-head {args.n_head} does not divide --n-embd {args.n_embd} into heads of even width"),
+        (args.n_head % args.n_kv_head, f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}"),
+        (args.batch_size % world, f"--batch-size {args.batch_size} does not divide by the {world} processes"),
+        (args.micro_batch_size and each % args.micro_batch_size,
+         f"--micro-batch-size {args.micro_batch_size} does not divide the {each} sequences of a process"),
+        (args.warmup_steps + decay_steps > args.steps, f"--warmup-steps {args.warmup_steps} and --decay-frac "
+         f"{args.decay_frac} ({decay_steps} steps) are longer than --steps {args.steps}"),
+        (taken, f"--out {args.out} holds a run: continue it with --resume {args.out}, or name another folder"),
+    ):
+        if wrong:
+            fail(message)
 
 
 def micro_batch_size(args):
@@ -328,20 +328,19 @@ def learning_rate(args, step):
 def describe(args, switch_step, tokens, batches, encoding):
     """What the run will read, what it does without, and what to type for something else."""
     positions = args.batch_size * args.seq_len
-    lines = [f"{args.model} on {args.data}: of {len(tokens):,} training tokens it reads "
-             f"{switch_step * positions * args.s_in:,} in the superposition phase and "
-             f"{(args.steps - switch_step) * positions:,} in the recovery phase, {batches.epochs:.2f} epochs"]
-    if batches.epochs > 1:
-        lines.append("above one epoch tokens repeat, and TST lives on spare data: --steps "
-                     f"{int(args.steps / batches.epochs)} stays within one")
     builtin = Path(args.data) == data.PYTHON_CORPUS
-    lines.append("for your own shards: python train_tst.py --model 270m --data FOLDER" if builtin else
-                 f"for the built-in corpus: python train_tst.py --data {data.PYTHON_CORPUS}")
-    if encoding is None:
-        lines.append("its tokenizer is neither here nor to be downloaded: no bits per byte, no sample")
-    if args.device.startswith("cuda") and not has_bfloat16():
-        lines.append(f"this GPU has no native bfloat16, so the products are in {args.dtype}")
-    return "\n".join(lines)
+    lines = (
+        (True, f"{args.model} on {args.data}: of {len(tokens):,} training tokens it reads "
+         f"{switch_step * positions * args.s_in:,} in the superposition phase and "
+         f"{(args.steps - switch_step) * positions:,} in the recovery phase, {batches.epochs:.2f} epochs"),
+        (batches.epochs > 1, "above one epoch tokens repeat, and TST lives on spare data: --steps "
+         f"{int(args.steps / batches.epochs)} stays within one"),
+        (builtin, "for your own shards: python train_tst.py --model 270m --data FOLDER"),
+        (not builtin, f"for the built-in corpus: python train_tst.py --data {data.PYTHON_CORPUS}"),
+        (encoding is None, "its tokenizer is neither here nor to be downloaded: no bits per byte, no sample"),
+        (args.device.startswith("cuda") and not has_bfloat16(), f"no native bfloat16 here: {args.dtype} is in force"),
+    )
+    return "\n".join(line for true, line in lines if true)
 
 
 def has_bfloat16():
@@ -469,7 +468,7 @@ def number(kind, low, high=math.inf, above=False):
         value = kind(text)
         if not low <= value <= high or math.isinf(value) or above and value == low:
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}"
-                                             + (f" and at most {high}" if high < math.inf else ""))
+                                             + f" and at most {high}" * (high < math.inf))
         return value
 
     parse_number.__name__ = kind.__name__       # for argparse's "invalid int value: 'x'"
@@ -477,45 +476,46 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def make_parser():
+    count, whole, positive, share = number(int, 1), number(int, 0), number(float, 0, above=True), number(float, 0, 1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = fail                         # one line, without the usage
-    add, count, positive = parser.add_argument, number(int, 1), number(float, 0, above=True)
 
-    def add_preset(flag, kind, text):           # a flag whose default is the preset's
-        name = flag[2:].replace("-", "_")
-        values = [f"{RECIPES[preset].get(name) or getattr(PRESETS[preset], name):g} for {preset}" for preset in PRESETS]
-        add(flag, type=kind, help=f"{text} (default: {', '.join(values)})")
+    def per_preset(name):
+        values = {preset: RECIPES[preset].get(name) or getattr(PRESETS[preset], name) for preset in PRESETS}
+        return ", ".join(f"{value:g} for {preset}" for preset, value in values.items())
 
-    add("--s", type=count, help="bag size of the superposition phase (default: 6; 1 is the baseline)")
-    add("--r", type=number(float, 0, 1), help="fraction of the steps in the superposition phase (default: 0.3)")
-    add("--s-in", type=count, help="tokens averaged into one input (default: s)")
-    add("--s-out", type=count, help="tokens that one output predicts (default: s)")
-    add("--weighting", choices=("uniform", "power", "exp", "first"),
-        help="of the tokens of a target bag: 1, 1/i, exp(-i), the first alone (default: uniform)")
-    add("--model", choices=tuple(PRESETS), help="preset (default: tiny on the built-in corpus, else 270m)")
-    for name, text in zip(SHAPE_FLAGS, ("layers", "width", "query heads", "key-value heads", "width of the SwiGLU")):
-        add_preset("--" + name.replace("_", "-"), count, text)
-    add("--data", help=f"folder of token shards; {data.PYTHON_CORPUS} is the built-in corpus (default: data/fineweb "
-        "where that and an accelerator are there, else the built-in corpus)")
-    add_preset("--steps", count, "optimizer steps, both phases together")
-    add_preset("--batch-size", count, "sequences per step over all processes")
-    add("--micro-batch-size", type=count, help="sequences a process computes at a time (default: the largest divisor of "
-        "its share up to " + ", ".join(f"{RECIPES[preset]['micro']} for {preset}" for preset in PRESETS) + ")")
-    add_preset("--seq-len", count, "l, the (s-)tokens of a sequence")
-    add_preset("--lr", positive, "peak learning rate; the large presets' are the paper's, scaled down for a batch a "
-               "quarter of its size, and not tuned here")
-    add_preset("--warmup-steps", number(int, 0), "steps of linear warmup; unless given, at most a tenth of the run")
-    add_preset("--decay-frac", number(float, 0, 1), "last fraction of the steps, with linear decay to 0")
-    add("--seed", type=number(int, 0), help="of initial weights and data order (default: 0)")
-    add("--device", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the matrix products; weights and optimizer stay float32 "
-        "(default: bfloat16 on a GPU that has it, else float32)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    add("--out", help="the run's folder (default: runs/MODEL-sS-rR-seedSEED, with -2, -3 appended when taken)")
-    add("--resume", metavar="RUN", help="continue the run in this folder, with the flags stored there")
-    add_preset("--eval-every", count, "steps between evaluations, each of which also saves")
-    add_preset("--save-every", count, "steps between checkpoints")
+    for name, kind, text, default in (
+        ("s", count, "bag size of the superposition phase; 1 is the baseline", "6"),
+        ("r", share, "fraction of the steps in the superposition phase", "0.3"),
+        ("s-in", count, "tokens averaged into one input", "s"),
+        ("s-out", count, "tokens that one output predicts", "s"),
+        ("weighting", ("uniform", "power", "exp", "first"), "of a target bag's tokens: 1, 1/i, exp(-i), first alone", "uniform"),
+        ("model", tuple(PRESETS), "preset", "tiny on the built-in corpus, else 270m"),
+        ("n-layer", count, "layers", None), ("n-embd", count, "width", None), ("n-head", count, "query heads", None),
+        ("n-kv-head", count, "key-value heads", None), ("n-hidden", count, "width of the SwiGLU", None),
+        ("data", str, f"folder of token shards; {data.PYTHON_CORPUS} is the built-in corpus",
+         "data/fineweb where that and an accelerator are there, else the built-in corpus"),
+        ("steps", count, "optimizer steps, both phases together", None),
+        ("batch-size", count, "sequences per step over all processes", None),
+        ("micro-batch-size", count, "sequences a process computes at a time",
+         "the largest divisor of its share up to " + per_preset("micro")),
+        ("seq-len", count, "l, the (s-)tokens of a sequence", None),
+        ("lr", positive, "peak learning rate; the large ones, the paper's scaled down to the batch, are not tuned here", None),
+        ("warmup-steps", whole, "steps of linear warmup; unless given, at most a tenth of the run", None),
+        ("decay-frac", share, "last fraction of the steps, with linear decay to 0", None),
+        ("seed", whole, "of initial weights and data order", "0"),
+        ("device", str, "cuda, cuda:1, mps or cpu", "the first of these that is there"),
+        ("dtype", ("bfloat16", "float32"), "of the matrix products; weights and optimizer are float32",
+         "bfloat16 on a GPU that has it, else float32"),
+        ("out", str, "the run's folder", "runs/MODEL-sS-rR-seedSEED, with -2, -3 appended when taken"),
+        ("resume", str, "continue the run in this folder, with the flags stored there", "a new run"),
+        ("eval-every", count, "steps between evaluations, each of which also saves", None),
+        ("save-every", count, "steps between checkpoints", None),
+    ):
+        choice = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(f"--{name}", **choice, help=f"{text} (default: {default or per_preset(name.replace('-', '_'))})")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
 
 
