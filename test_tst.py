@@ -821,3 +821,68 @@ def test_the_lm_evaluation_harness_measures_our_log_likelihoods(tiny, tmp_path):
         right += max(range(3), key=measured.__getitem__) == sample["doc"]["label"]
     (results,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(results.read_text())["results"]["local"]["acc,none"] == right / 4
+
+
+# Sampling
+
+def sampled(capsys, run, *flags):
+    """What model.py prints, .out and .err."""
+    models.main([str(run), *flags])
+    return capsys.readouterr()
+
+
+def test_a_long_prompt_is_cut_at_the_left_with_a_line_that_says_so(run, capsys):
+    flags = ["--tokens", "12", "--temperature", "0"]
+    long = sampled(capsys, run, "--prompt", "zyxwvutsrq" + "abcdefghijklmnop", *flags)
+    exact = sampled(capsys, run, "--prompt", "abcdefghijklmnop", *flags)        # 16 tokens, the training length
+    assert long.out == "zyxwvutsrq" + exact.out and exact.err == ""
+    assert "26 tokens" in long.err and "last 16" in long.err and long.err.count("\n") == 1
+
+
+def test_samples_come_one_after_another_with_a_line_between(run, capsys):
+    flags = ["--prompt", "ab", "--tokens", "30", "--seed", "1", "--device", "cpu"]
+    one, three = sampled(capsys, run, *flags).out, sampled(capsys, run, *flags, "--n", "3").out
+    samples = three.removesuffix("\n").split("\n---\n")
+    assert samples[0] + "\n" == one and len(samples) == len(set(samples)) == 3
+    assert all(sample.startswith("ab") for sample in samples)
+
+
+def test_temperature_0_is_greedy_whatever_the_seed(run, capsys):
+    choices = (["--temperature", "0"], ["--temperature", "0", "--seed", "7"], ["--temperature", "1e-40"], ["--top-k", "1"])
+    texts = {sampled(capsys, run, "--prompt", "ab", "--tokens", "30", *choice).out for choice in choices}
+    model, encoding = models.load_model(run)
+    ids = list(model.generate([VOCAB - 1, *encoding.encode_ordinary("ab")], 30, temperature=0))
+    assert texts == {"ab" + encoding.decode(ids, errors="replace") + "\n"}
+
+
+def test_text_streams_as_it_comes_and_stops_at_end_of_text(run, capsys, monkeypatch):
+    streamed = []
+
+    def generate(*args):            # a euro sign in three tokens, a byte that no text has, and half a letter
+        for token in (0xE2, 0x82, 0xAC, 0xF8, 97, 0xC3, VOCAB - 1, 98):
+            streamed.append(capsys.readouterr().out)
+            yield token
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    assert sampled(capsys, run, "--prompt", "x").out == "\N{REPLACEMENT CHARACTER}\n"
+    assert streamed == ["x", "", "", "\N{EURO SIGN}", "\N{REPLACEMENT CHARACTER}", "a", ""]
+
+
+def test_no_byte_crashes_a_terminal_of_any_encoding(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xc3\xa9\n"), encoding="ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    models.main([str(run), "--prompt", "-", "--tokens", "100", "--temperature", "50", "--top-k", "1000"])
+    printed = sys.stdout.buffer.getvalue()
+    assert printed.startswith(b"caf? ?\n") and max(printed) < 128 and printed.count(b"?") > 20
+
+
+@pytest.mark.parametrize("bad, names", [
+    (["--tokens", "-1"], "--tokens -1"), (["--tokens", "many"], "--tokens"), (["--top-k", "0"], "--top-k 0"),
+    (["--n", "0"], "--n 0"), (["--temperature", "nan"], "--temperature nan"), (["--temperature", "-1"], "--temperature -1"),
+    (["--seed", "-1"], "--seed -1"), (["--seed", str(10 ** 30)], "--seed"), (["--device", "cuda:99"], "--device cuda:99"),
+    (["--device", "toaster"], "--device toaster"), (["--device", "meta"], "--device meta"), (["--nonsense"], "--nonsense")])
+def test_bad_flags_of_sampling_end_in_one_clear_line(run, capsys, bad, names):
+    with pytest.raises(SystemExit) as stop:
+        models.main([str(run), *bad])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1 and names in printed.err
