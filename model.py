@@ -192,7 +192,10 @@ def at_least_float32(x):
 
 
 def rope_table(length, head_dim, theta):
-    """cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoFormer, arXiv 2104.09864)."""
+    """cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoFormer, arXiv 2104.09864).
+
+    In Hugging Face's order of operations: far positions multiply a rounding error.
+    """
     frequency = 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
@@ -278,19 +281,20 @@ def export(model, encoding, folder):
     c, path = model.config, Path(folder).resolve()
     end = encoding and encoding._special_tokens.get(data.END_OF_TEXT)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
-              "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": c.n_hidden, "hidden_act": "silu",
-              "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
-              "max_position_embeddings": c.seq_len, "rope_theta": c.rope_theta, "rms_norm_eps": model.norm.eps,
-              "tie_word_embeddings": False, "bos_token_id": end, "eos_token_id": end}
+              "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": c.n_hidden,
+              "hidden_act": "silu", "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+              "num_key_value_heads": c.n_kv_head, "max_position_embeddings": c.seq_len, "rope_theta": c.rope_theta,
+              "rms_norm_eps": model.norm.eps, "tie_word_embeddings": False, "bos_token_id": end, "eos_token_id": end}
     weights = {"model.embed_tokens": model.embedding.weight[:c.vocab_size], "model.norm": model.norm.weight,
-               "lm_head": model.head.weight[:c.vocab_size]}             # without the padding
+               "lm_head": model.head.weight[:c.vocab_size]}             # the padding is cut
     for i, block in enumerate(model.blocks):
-        attention, mlp = block.attention, block.mlp
-        q, k, v = attention.qkv.weight.split([n * attention.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)])
-        gate, up = mlp.gate_up.weight.chunk(2)
-        layer = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": attention.out.weight,
-                 "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": mlp.down.weight,
-                 "input_layernorm": block.attention_norm.weight, "post_attention_layernorm": block.mlp_norm.weight}
+        head_dim = block.attention.head_dim
+        q, k, v = block.attention.qkv.weight.split([n * head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)])
+        gate, up = block.mlp.gate_up.weight.chunk(2)
+        layer = {"input_layernorm": block.attention_norm.weight, "self_attn.q_proj": q, "self_attn.k_proj": k,
+                 "self_attn.v_proj": v, "self_attn.o_proj": block.attention.out.weight,
+                 "post_attention_layernorm": block.mlp_norm.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
+                 "mlp.down_proj": block.mlp.down.weight}
         weights.update({f"model.layers.{i}.{name}": weight for name, weight in layer.items()})
     try:
         if path.exists() and (path.is_file() or any(path.iterdir())):
@@ -304,7 +308,7 @@ def export(model, encoding, folder):
             (new / "config.json").write_text(json.dumps(config, indent=1))
             (new / "generation_config.json").write_text(json.dumps({"bos_token_id": end, "eos_token_id": end}))
             if not (encoding and data.save_hugging_face_tokenizer(encoding, new)):
-                print(f"--export {folder}: no tokenizer, as the run's cannot be loaded or not converted", file=sys.stderr)
+                print(f"{folder} gets no tokenizer: it cannot be loaded, or not converted exactly", file=sys.stderr)
             new.rename(path)
     except (OSError, SafetensorError) as error:
         fail(f"--export {folder}: cannot write there ({error}): name another folder")
@@ -312,7 +316,7 @@ def export(model, encoding, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Sample from a trained model, text alone on standard output; or export it.")
+    parser = argparse.ArgumentParser(description="Sample from a trained model, or export it.")
     parser.error = fail
     parser.add_argument("run", help="a run's folder, or a checkpoint file in it")
     parser.add_argument("--prompt", default="", help="text to continue; - reads standard input")
@@ -329,24 +333,26 @@ def main(argv=None):
             return export(*load_model(args.run), args.export)
         except ImportError as error:
             fail(f"--export: {error}: pip install transformers safetensors")
-    if args.tokens < 0 or args.top_k < 1 or args.n < 1 or not (0 <= args.temperature < math.inf and 0 <= args.seed < 2 ** 63):
-        fail(f"--tokens {args.tokens} --top-k {args.top_k} --n {args.n} --temperature {args.temperature} --seed {args.seed}: "
-             "give at least 0, 1, 1, 0 and 0")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    for flag, value, low in (("--tokens", args.tokens, 0), ("--temperature", args.temperature, 0),
+                             ("--top-k", args.top_k, 1), ("--seed", args.seed, 0), ("--n", args.n, 1)):
+        if not low <= value < 2 ** 63:
+            fail(f"{flag} {value}: give a number from {low} on, below 2^63")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = args.device or next(name for name in there if there[name])
     try:
         torch.zeros(1, device=device).item()
-    except Exception:                   # torch has one for each way to be missing
+    except Exception:                   # torch raises a different one for each way to be missing
         fail(f"--device {device} is not on this machine: leave it out to take what is")
     model, encoding = load_model(args.run, device)
     if encoding is None:
         fail(f"{args.run}: its tokenizer cannot be loaded here; tiktoken wants the network once, or TIKTOKEN_CACHE_DIR")
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")        # a terminal may be ASCII
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     prompt = sys.stdin.buffer.read().decode(errors="replace") if args.prompt == "-" else args.prompt
     ids = encoding.encode_ordinary(prompt)
-    limit = model.config.seq_len
-    if len(ids) > limit:
-        print(f"the prompt's {len(ids)} tokens are cut to its last {limit}, the training length", file=sys.stderr)
+    if len(ids) > model.config.seq_len:
+        print(f"the prompt's {len(ids)} tokens are cut to its last {model.config.seq_len}, the training length",
+              file=sys.stderr)
     generator = torch.Generator().manual_seed(args.seed)
     for k in range(args.n):
         print("---\n" * (k > 0) + prompt, end="", flush=True)
