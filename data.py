@@ -258,7 +258,8 @@ def save_hugging_face_tokenizer(encoding, folder):
         return False
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}))
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
+        "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}))
     return True
 
 

@@ -328,7 +328,7 @@ def main(argv=None):
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
     parser.add_argument("--export", metavar="DIR", help="write the model to this new folder for Hugging Face instead")
     args = parser.parse_args(argv)
-    if args.export:
+    if args.export is not None:
         try:
             return export(*load_model(args.run), args.export)
         except ImportError as error:

@@ -640,7 +640,8 @@ def test_a_truncated_checkpoint_and_a_hostile_pickle_are_refused_and_run_nothing
 
 def needs(*packages):
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"needs pip install {' '.join(missing)}")
+    return pytest.mark.skipif(bool(missing), reason=f"without {', '.join(missing)}: pip install "
+                              "transformers safetensors 'lm-eval[hf]'")
 
 
 TRANSFORMERS = ("transformers", "safetensors")
@@ -746,6 +747,7 @@ def test_the_exports_tokenizer_gives_the_same_ids(kind, tiny, texts, tmp_path):
         models.main([str(tmp_path / "run"), "--export", str(folder)])
     tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(0)
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == 1000
+    assert set(tokenizer("def")) == {"input_ids", "attention_mask"}             # what a Llama takes
     for text in [*texts, *(random_text(texts, rng) for _ in range(500))]:
         ids = encoding.encode(text, allowed_special="all")
         assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
@@ -834,7 +836,10 @@ def sampled(capsys, run, *flags):
     return capsys.readouterr()
 
 
-def test_a_long_prompt_is_cut_at_the_left_with_a_line_that_says_so(run, capsys):
+def test_a_long_prompt_is_cut_at_the_left_with_a_line_that_says_so(tmp_path, capsys):
+    run = save_run(tmp_path / "run", replace(SMALL, vocab_size=129), tiktoken.Encoding(
+        "ascii", pat_str=".", special_tokens={data.END_OF_TEXT: 128},
+        mergeable_ranks={bytes([i]): i for i in range(128)}))
     flags = ["--tokens", "12", "--temperature", "0"]
     long = sampled(capsys, run, "--prompt", "zyxwvutsrq" + "abcdefghijklmnop", *flags)
     exact = sampled(capsys, run, "--prompt", "abcdefghijklmnop", *flags)        # 16 tokens, the training length
@@ -859,17 +864,19 @@ def test_temperature_0_is_greedy_whatever_the_seed(run, capsys):
     assert texts == {"ab" + encoding.decode(ids, errors="replace") + "\n"}
 
 
-def test_text_streams_as_it_comes_and_stops_at_end_of_text(run, capsys, monkeypatch):
+def test_text_streams_as_it_comes_and_stops_at_end_of_text(run, monkeypatch):
     streamed = []
 
     def generate(*args):            # a euro sign in three tokens, a byte that no text has, and half a letter
         for token in (0xE2, 0x82, 0xAC, 0xF8, 97, 0xC3, VOCAB - 1, 98):
-            streamed.append(capsys.readouterr().out)
+            streamed.append(sys.stdout.buffer.getvalue().decode())
             yield token
 
     monkeypatch.setattr(GPT, "generate", generate)
-    assert sampled(capsys, run, "--prompt", "x").out == "\N{REPLACEMENT CHARACTER}\n"
-    assert streamed == ["x", "", "", "\N{EURO SIGN}", "\N{REPLACEMENT CHARACTER}", "a", ""]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    models.main([str(run), "--prompt", "x"])
+    assert streamed == ["x", "x", "x", "x€", "x€\ufffd", "x€\ufffda", "x€\ufffda"]
+    assert sys.stdout.buffer.getvalue().decode() == "x€\ufffda\ufffd\n"
 
 
 def test_no_byte_crashes_a_terminal_of_any_encoding(run, monkeypatch):
@@ -883,8 +890,8 @@ def test_no_byte_crashes_a_terminal_of_any_encoding(run, monkeypatch):
 @pytest.mark.parametrize("bad, names", [
     (["--tokens", "-1"], "--tokens -1"), (["--tokens", "many"], "--tokens"), (["--top-k", "0"], "--top-k 0"),
     (["--n", "0"], "--n 0"), (["--temperature", "nan"], "--temperature nan"),
-    (["--temperature", "-1"], "--temperature -1"), (["--seed", "-1"], "--seed -1"), (["--seed", str(10 ** 30)], "--seed"),
-    (["--device", "cuda:99"], "--device cuda:99"), (["--device", "toaster"], "--device toaster"),
+    (["--temperature", "-1"], "--temperature -1"), (["--seed", "-1"], "--seed -1"),
+    (["--seed", str(10 ** 30)], "--seed"), (["--device", "cuda:99"], "--device cuda:99"), (["--device", "toaster"], "--device toaster"),
     (["--device", "meta"], "--device meta"), (["--nonsense"], "--nonsense")])
 def test_bad_flags_of_sampling_end_in_one_clear_line(run, capsys, bad, names):
     with pytest.raises(SystemExit) as stop:
