@@ -1,14 +1,18 @@
 """The paper's claims and the scripts' promises, one a test. Run with: python -m pytest"""
 import argparse
+import importlib.util
+import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -657,3 +661,265 @@ def test_the_example_for_your_own_training_loop_trains():
     torch.testing.assert_close(space["superposed_loss"](head, embed, rows[6], 6), ours)
     exec(example, space)
     assert read == 3 * [36] + 7 * [6] and space["loss"] < F.cross_entropy(torch.zeros(1, VOCAB), torch.tensor([0]))
+# Export
+
+def needs(*packages):
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"without {', '.join(missing)}: pip install "
+                              "transformers safetensors 'lm-eval[hf]'")
+
+
+TRANSFORMERS = ("transformers", "safetensors")
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"   # as in tiktoken
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+
+@pytest.fixture(scope="session")
+def texts():
+    return [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.py"))]
+
+
+def make_encoding(texts, pattern, first=range(256), **special):
+    """Ranks of 1,000 tokens from texts, the bytes in the order of `first`; end-of-text has the id 1,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PATTERN", pattern)
+        merged = [token for token in data.train_bpe(texts, 1000) if len(token) > 1]
+    ranks = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in first), *merged])}
+    return tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={data.END_OF_TEXT: 1000, **special})
+
+
+def save_run(folder, config, encoding=None):
+    """A run's folder without a run: a GPT with random weights, large ones that make its logits spread."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5) if p.ndim == 2 else p.mul_(1 + torch.rand_like(p))
+    folder.mkdir()
+    torch.save({"model": model.state_dict(), "optimizer": {}, "step": 1, "seconds": 0.0, "args": {},
+                "config": vars(config), "data": {"tokenizer": "nobody's"}}, folder / "ckpt.pt")
+    if encoding:
+        data.save_encoding(encoding, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(texts, tmp_path_factory):
+    """A run of the tiny preset with a vocabulary like the built-in one, and its export."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = replace(models.PRESETS["tiny"], vocab_size=1001, seq_len=64)
+    save_run(folder / "run", config, make_encoding(texts, data.PATTERN))
+    models.main([str(folder / "run"), "--export", str(folder / "hf")])
+    return folder
+
+
+@needs(*TRANSFORMERS)
+@pytest.mark.parametrize("preset", ["tiny", "270m"])
+def test_the_export_is_a_llama_with_our_logits(preset, tiny, texts, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+    folder = tiny
+    if preset == "270m":
+        folder = tmp_path
+        save_run(folder / "run", replace(models.PRESETS["270m"], n_layer=2, vocab_size=1001))
+        models.main([str(folder / "run"), "--export", str(folder / "hf")])
+        assert "no tokenizer" in capsys.readouterr().err
+    ours, _ = models.load_model(folder / "run")
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.dtype == torch.float32
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters()) - (
+        2 * 23 * ours.config.n_embd)                                            # 1,001 rows were padded to 1,024
+    real = torch.tensor(data.load_encoding(tiny / "run", None).encode_ordinary(texts[0])[:ours.config.seq_len])
+    for length in (1, 2, 33, ours.config.seq_len):
+        for ids in (torch.randint(0, 1001, (length,)), real[:length]):
+            with torch.no_grad():
+                difference = ours(ids.view(1, -1, 1))[..., :1001] - theirs(ids.view(1, -1)).logits
+            assert difference.abs().max() < 1e-4, length
+
+
+@needs(*TRANSFORMERS)
+def test_the_exports_greedy_continuations_are_ours(tiny):
+    from transformers import AutoModelForCausalLM
+    ours, _ = models.load_model(tiny / "run")
+    theirs = AutoModelForCausalLM.from_pretrained(tiny / "hf")
+    assert theirs.generation_config.eos_token_id == 1000
+    for ids in torch.randint(0, 1000, (5, 20)):
+        expected = list(ours.generate(ids.tolist(), 40, temperature=0))
+        continued = theirs.generate(ids[None], max_new_tokens=40, do_sample=False, eos_token_id=-1)[0, 20:].tolist()
+        assert continued == expected and len(set(expected)) > 10
+
+
+def random_text(texts, rng):
+    """Unicode of every plane, whitespace runs, digits, code and special tokens in a row."""
+    pick = lambda characters: "".join(rng.choices(characters, k=rng.randrange(20)))
+    code = rng.choice(texts)[rng.randrange(9000):][:rng.randrange(300)]
+    anything = "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x20000)])) for _ in range(9))
+    return "".join(rng.sample([code, anything, pick(" \t\n\r\v\f\x85\xa0\u2003\u2028"), pick("0123456789٣²Ⅷ"),
+                               pick("aeinst'’LlVvRrSs "), pick("ßİſé́日本한🇩🇪👨\u200d👩"), data.END_OF_TEXT,
+                               "<|endof", "<|a|>"], k=rng.randrange(1, 10)))
+
+
+@needs(*TRANSFORMERS)
+@pytest.mark.parametrize("kind", ["built-in", "gpt2"])
+def test_the_exports_tokenizer_gives_the_same_ids(kind, tiny, texts, tmp_path):
+    from transformers import AutoTokenizer
+    folder, encoding = tiny / "hf", data.load_encoding(tiny / "run", None)
+    if kind == "gpt2":              # its bytes stand in another order, and here its special tokens leave a gap
+        folder, order = tmp_path / "hf", [*range(33, 127), *range(161, 173), *range(174, 256)]
+        order += sorted({*range(256)} - {*order})
+        encoding = make_encoding(texts, GPT2_PATTERN, order, **{"<|a|>": 1010})
+        save_run(tmp_path / "run", replace(SMALL, vocab_size=1011), encoding)
+        models.main([str(tmp_path / "run"), "--export", str(folder)])
+    tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(0)
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == 1000
+    assert set(tokenizer("def")) == {"input_ids", "attention_mask"}             # what a Llama takes
+    for text in [*texts, *(random_text(texts, rng) for _ in range(500))]:
+        ids = encoding.encode(text, allowed_special="all")
+        assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
+
+
+@needs(*TRANSFORMERS)
+@pytest.mark.parametrize("pattern", [r"\p{N}{1,2}+|\P{N}+", r"(?P<a>.)"])      # a possessive {1,2} is tiktoken's alone
+def test_a_tokenizer_that_has_no_exact_counterpart_is_left_out(pattern, tiny, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+    save_run(tmp_path / "run", replace(SMALL, vocab_size=1001), tiktoken.Encoding(
+        "odd", pat_str=pattern, special_tokens={data.END_OF_TEXT: 1000},
+        mergeable_ranks=data.load_encoding(tiny / "run", None)._mergeable_ranks))
+    models.main([str(tmp_path / "run"), "--export", str(tmp_path / "hf")])
+    assert "no tokenizer" in capsys.readouterr().err
+    assert not list((tmp_path / "hf").glob("tokenizer*"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.eos_token_id == 1000
+
+
+@needs(*TRANSFORMERS)
+def test_an_export_is_whole_or_absent(tiny, tmp_path, monkeypatch, capsys):
+    def refused(folder):
+        with pytest.raises(SystemExit) as stop:
+            models.main([str(tiny / "run"), "--export", str(folder)])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1
+        return err
+
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    for taken in ("taken", "taken/file"):
+        assert f"{taken} holds something already" in refused(tmp_path / taken)
+    assert "cannot write there" in refused(tmp_path / "taken" / "file" / "hf")
+    monkeypatch.setattr("safetensors.torch.save_file", lambda weights, path, metadata: fill_the_disk(path))
+    assert "No space left" in refused(tmp_path / "hf")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "pip install transformers safetensors" in refused(tmp_path / "hf")
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "file"]
+    monkeypatch.undo()
+    (tmp_path / "empty").mkdir()
+    models.main([str(tiny / "run"), "--export", str(tmp_path / "empty")])
+    assert (tmp_path / "empty" / "tokenizer.json").exists()
+
+
+def fill_the_disk(path):
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+@needs(*TRANSFORMERS, "lm_eval", "accelerate")
+def test_the_lm_evaluation_harness_measures_our_log_likelihoods(tiny, tmp_path):
+    questions = [{"question": f"def f{i}(x):\n    return", "choices": [" x", " self.model", " None"], "label": i % 3}
+                 for i in range(4)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "local.yaml").write_text(json.dumps({                           # JSON is YAML
+        "task": "local", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": "label",
+        "doc_to_choice": "{{choices}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}]}))
+    status, out, err = script(
+        "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tiny / 'hf'},dtype=float32", "--device", "cpu",
+        "--tasks", "local", "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples",
+        HF_HOME=str(tmp_path / "cache"))
+    assert status == 0, err
+    model, encoding = models.load_model(tiny / "run")
+    (samples,) = (tmp_path / "out").rglob("samples_local_*.jsonl")
+    right = 0
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        measured = [float(likelihood) for (likelihood, _), in sample["resps"]]
+        context = encoding.encode_ordinary(sample["doc"]["question"])
+        for choice, likelihood in zip(sample["doc"]["choices"], measured, strict=True):
+            ids = encoding.encode_ordinary(sample["doc"]["question"] + choice)
+            with torch.no_grad():
+                steps = model(torch.tensor(ids[:-1]).view(1, -1, 1))[0, :, :1001].log_softmax(-1)
+            ours = sum(steps[k - 1, ids[k]].item() for k in range(len(context), len(ids)))
+            assert len(ids) > len(context) and likelihood == pytest.approx(ours, abs=1e-4)
+        right += max(range(3), key=measured.__getitem__) == sample["doc"]["label"]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"]["local"]["acc,none"] == right / 4
+
+
+# Sampling
+
+def sampled(capsys, run, *flags):
+    """What model.py prints, .out and .err."""
+    models.main([str(run), *flags])
+    return capsys.readouterr()
+
+
+def test_a_long_prompt_is_cut_at_the_left_with_a_line_that_says_so(tmp_path, capsys):
+    run = save_run(tmp_path / "run", replace(SMALL, vocab_size=129), tiktoken.Encoding(
+        "ascii", pat_str=".", special_tokens={data.END_OF_TEXT: 128},
+        mergeable_ranks={bytes([i]): i for i in range(128)}))
+    flags = ["--tokens", "12", "--temperature", "0"]
+    long = sampled(capsys, run, "--prompt", "zyxwvutsrq" + "abcdefghijklmnop", *flags)
+    exact = sampled(capsys, run, "--prompt", "abcdefghijklmnop", *flags)        # 16 tokens, the training length
+    assert long.out == "zyxwvutsrq" + exact.out and exact.err == ""
+    assert "26 tokens" in long.err and "last 16" in long.err and long.err.count("\n") == 1
+
+
+def test_samples_come_one_after_another_with_a_line_between(run, capsys):
+    flags = ["--prompt", "ab", "--tokens", "30", "--seed", "1", "--device", "cpu"]
+    one, three = sampled(capsys, run, *flags).out, sampled(capsys, run, *flags, "--n", "3").out
+    samples = three.removesuffix("\n").split("\n---\n")
+    assert samples[0] + "\n" == one and len(samples) == len(set(samples)) == 3
+    assert all(sample.startswith("ab") for sample in samples)
+
+
+def test_temperature_0_is_greedy_whatever_the_seed(run, capsys):
+    choices = (["--temperature", "0"], ["--temperature", "0", "--seed", "7"], ["--temperature", "1e-40"],
+               ["--top-k", "1"])
+    texts = {sampled(capsys, run, "--prompt", "ab", "--tokens", "30", *choice).out for choice in choices}
+    model, encoding = models.load_model(run)
+    ids = list(model.generate([VOCAB - 1, *encoding.encode_ordinary("ab")], 30, temperature=0))
+    assert texts == {"ab" + encoding.decode(ids, errors="replace") + "\n"}
+
+
+def test_text_streams_as_it_comes_and_stops_at_end_of_text(run, monkeypatch):
+    streamed = []
+
+    def generate(*args):            # a euro sign in three tokens, a byte that no text has, and half a letter
+        for token in (0xE2, 0x82, 0xAC, 0xF8, 97, 0xC3, VOCAB - 1, 98):
+            streamed.append(sys.stdout.buffer.getvalue().decode())
+            yield token
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    models.main([str(run), "--prompt", "x"])
+    assert streamed == ["x", "x", "x", "x€", "x€\ufffd", "x€\ufffda", "x€\ufffda"]
+    assert sys.stdout.buffer.getvalue().decode() == "x€\ufffda\ufffd\n"
+
+
+def test_no_byte_crashes_a_terminal_of_any_encoding(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xc3\xa9\n"), encoding="ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    models.main([str(run), "--prompt", "-", "--tokens", "100", "--temperature", "50", "--top-k", "1000"])
+    printed = sys.stdout.buffer.getvalue()
+    assert printed.startswith(b"caf? ?\n") and max(printed) < 128 and printed.count(b"?") > 20
+
+
+@pytest.mark.parametrize("bad, names", [
+    (["--tokens", "-1"], "--tokens -1"), (["--tokens", "many"], "--tokens"), (["--top-k", "0"], "--top-k 0"),
+    (["--n", "0"], "--n 0"), (["--temperature", "nan"], "--temperature nan"),
+    (["--temperature", "-1"], "--temperature -1"), (["--seed", "-1"], "--seed -1"),
+    (["--seed", str(10 ** 30)], "--seed"), (["--device", "cuda:99"], "--device cuda:99"), (["--device", "toaster"], "--device toaster"),
+    (["--device", "meta"], "--device meta"), (["--nonsense"], "--nonsense")])
+def test_bad_flags_of_sampling_end_in_one_clear_line(run, capsys, bad, names):
+    with pytest.raises(SystemExit) as stop:
+        models.main([str(run), *bad])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1 and names in printed.err
