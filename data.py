@@ -2,15 +2,20 @@
 
 `Batches` cuts the stream of tokens into rows and `bags` cuts rows into bags, which
 is all that superposition asks of the data. The rest of the file is shards on disk
-(llm.c's format), the tokenizer, and the built-in corpus: the Python source code
-that every machine that can run this already has.
+(llm.c's format) and where they come from: a download, your own text, or the built-in
+corpus, the Python source code that every machine that can run this already has.
+
+    python data.py fineweb --shards 10                        # GPT-2 tokens of FineWeb, 100M a shard
+    python data.py text notes/ book.txt corpus.jsonl --out data/mine
 """
+import argparse
 import base64
 import contextlib
 import functools
 import hashlib
 import heapq
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -18,12 +23,14 @@ import random
 import shutil
 import sys
 import sysconfig
+import time
 import uuid
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import regex
+import requests
 import tiktoken
 import torch
 from tqdm import tqdm
@@ -31,7 +38,17 @@ from tqdm import tqdm
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 100_000_000
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+HEADER_BYTES = 1024
+FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}      # llm.c's (magic, version)
+BATCH_CHARS, DOCUMENT_CHARS = 2 ** 24, 2 ** 18          # tokenized at once; a longer text file is cut into documents
+REMEDY = ("`python data.py fineweb --shards 10` downloads shards, `python data.py text FILES --out FOLDER` makes them "
+          "from text, and without --data the corpus is the built-in one")
+
+GPT2 = {"tokenizer": "gpt2", "vocab_size": 50_257}
+FINEWEB = {                             # start of the files' names: training shards: Hugging Face dataset
+    "fineweb": {103: "kjj0/fineweb10B-gpt2", 1030: "kjj0/fineweb100B-gpt2"},
+    "finewebedu": {99: "kjj0/finewebedu10B-gpt2"}}
+RETRIES, BACKOFF = 6, 1.0               # times in a row that bring no byte; seconds, doubled each time
 
 PYTHON_CORPUS = Path("data/python")     # this path names the built-in corpus, which is made when absent
 PYTHON_PACKAGES = ("torch torchgen functorch numpy tiktoken tqdm sympy mpmath networkx jinja2 fsspec filelock "
@@ -42,6 +59,10 @@ BPE_SAMPLE = 8_000_000                  # characters the vocabulary is trained o
 # and a line break with the next line's indentation, of which source code is full.
 PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+ *)?"
            r"|\s*[\r\n]+ *|\s+(?!\S)|\s+")
+PATTERNS = {                            # of the tokenizers whose files hold byte pairs alone
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+"}
 
 
 def fail(message, status=2):
@@ -123,10 +144,10 @@ class Stream:
 
     def __init__(self, files, vocab_size):
         self.files, self.vocab_size = files, vocab_size
-        self.shards = [read_shard(file) for file in files]
-        for file, shard in zip(files, self.shards):         # the rest is checked as it is read
-            self.check(shard[:2 ** 20], file)
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.shard = functools.lru_cache(500)(read_shard)   # each holds a file open, of which a process has 1,024 or so
+        for file in files:                                  # the rest is checked as it is read
+            self.check(self.shard(file)[:2 ** 20], file)
+        self.ends = np.cumsum([len(self.shard(file)) for file in files])
 
     def __len__(self):
         return int(self.ends[-1])
@@ -135,7 +156,7 @@ class Stream:
         """The n tokens from position start on, across the ends of shards: (n,) int64."""
         parts, k = [], int(np.searchsorted(self.ends, start, side="right"))
         while n > 0:
-            part = self.shards[k][start - self.ends[k]:][:n]    # counted from the shard's end, so negative
+            part = self.shard(self.files[k])[start - self.ends[k]:][:n]    # counted from the shard's end, so negative
             parts.append(part)
             start, n, k = start + len(part), n - len(part), k + 1
         return self.check(np.concatenate(parts).astype(np.int64), self.files[k - 1])
@@ -148,46 +169,50 @@ class Stream:
 
 
 def read_shard(path):
-    """Map an llm.c shard: 256 int32 of header (magic, version, count), then count uint16 tokens."""
+    """Map an llm.c shard: 256 int32 of header (magic, version, count), then count tokens of uint16 or uint32."""
     size = path.stat().st_size
-    magic, version, count = np.fromfile(path, "<i4", 3) if size >= HEADER_BYTES else (0, 0, 0)
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        fail(f"{path}: not an llm.c shard (a header of 256 int32 that starts {SHARD_MAGIC}, {SHARD_VERSION}, "
-             f"then uint16 tokens)")
-    if count < 1 or size != HEADER_BYTES + 2 * count:
-        fail(f"{path}: its header promises {count:,} tokens, {HEADER_BYTES + 2 * int(count):,} bytes, and the file has "
-             f"{size:,}: truncated or damaged; make or download it again")
-    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(int(count),))
+    *kind, count = map(int, np.fromfile(path, "<i4", 3)) if size >= HEADER_BYTES else (0, 0, 0)
+    dtype = FORMATS.get(tuple(kind))
+    if dtype is None:
+        what = ": nanoGPT's, without a header" if path.name in ("train.bin", "val.bin") else ""
+        fail(f"{path}: not an llm.c shard (256 int32 that start {' or '.join(map(str, FORMATS))}, then tokens){what}; "
+             + REMEDY)
+    if count < 1 or size != HEADER_BYTES + dtype.itemsize * count:
+        fail(f"{path}: its header promises {count:,} tokens, {HEADER_BYTES + dtype.itemsize * count:,} bytes, and the "
+             f"file has {size:,}: truncated or damaged; delete it, and make or download it again")
+    return np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(count,))
 
 
 def write_shard(path, tokens):
-    header = np.zeros(256, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    """Write tokens, (count,) integers, as an llm.c shard: of uint32 if they are an array of that, else of uint16."""
+    header, dtype = np.zeros(256, "<i4"), np.dtype("<u4" if tokens.dtype == np.uint32 else "<u2")
+    header[:3] = *next(kind for kind, stored in FORMATS.items() if stored == dtype), len(tokens)
     with open(path, "wb") as file:
-        file.write(header.tobytes())
-        file.write(tokens.astype("<u2").tobytes())
+        file.write(header)
+        file.write(tokens.astype(dtype, copy=False))
 
 
 def load(folder):
     """Open a folder of shards: (train Stream, val Stream, meta dict, tiktoken.Encoding or None).
 
-    meta has `tokenizer`, `vocab_size` and `hash`, from meta.json where there is one;
-    without it the shards are taken for GPT-2's, as llm.c's and modded-nanogpt's are.
+    meta has `tokenizer`, `vocab_size` and `hash`, from meta.json, where a hash may lack;
+    without one the shards are taken for GPT-2's, as llm.c's and modded-nanogpt's are.
     The encoding is None where it would have to be downloaded and cannot be.
     """
     folder = Path(folder)
     files = {split: sorted(folder.glob(f"*{split}*.bin")) for split in ("train", "val")}
     for split, found in files.items():
         if not found:
-            fail(f"--data {folder}: no *{split}*.bin there; leave out --data for the built-in corpus")
+            npy = ", but .npy files, build-nanogpt's, which are not read" if any(folder.glob("*.npy")) else ""
+            fail(f"--data {folder}: no *{split}*.bin there{npy}; {REMEDY}")
     if (folder / "meta.json").exists():
-        meta = read_json(folder / "meta.json", tokenizer=str, vocab_size=int, hash=str)
+        meta = read_json(folder / "meta.json", tokenizer=str, vocab_size=int)
     else:
-        meta = {"tokenizer": "gpt2", "vocab_size": 50_257}
+        meta = dict(GPT2)
     streams = [Stream(found, meta["vocab_size"]) for found in files.values()]
     if "hash" not in meta:              # of names, sizes and beginnings: the content can be tens of GB
-        meta["hash"] = sha256(*(f"{file.name} {len(shard)} ".encode() + shard[:4096].tobytes()
-                                for stream in streams for file, shard in zip(stream.files, stream.shards)))
+        meta["hash"] = sha256(*(f"{file.name} {len(stream.shard(file))} ".encode() + stream.shard(file)[:4096].tobytes()
+                                for stream in streams for file in stream.files))
     return *streams, meta, load_encoding(folder, meta["tokenizer"])
 
 
@@ -273,9 +298,10 @@ def build_python_corpus(folder=PYTHON_CORPUS):
     sources = sha256(json.dumps([VOCAB_SIZE, BPE_SAMPLE, PATTERN, [
         (name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files]]).encode())
     if folder.exists():
-        if not (folder / "meta.json").exists():
+        found = read_json(folder / "meta.json").get("sources") if (folder / "meta.json").exists() else None
+        if not found:
             fail(f"{folder}: the place of the built-in corpus holds something else; move that to another folder")
-        if read_json(folder / "meta.json").get("sources") == sources:
+        if found == sources:
             return
     print(f"building {folder} from {len(files):,} Python files of this machine, once", flush=True)
     texts = {}                          # text: split, in the files' order, duplicates dropped
@@ -283,9 +309,7 @@ def build_python_corpus(folder=PYTHON_CORPUS):
         with contextlib.suppress(UnicodeDecodeError):
             texts.setdefault(path.read_bytes().decode(), split_of(name))
     ranks = train_bpe((text for text, split in texts.items() if split == "train"), VOCAB_SIZE - 1)
-    encoding = tiktoken.Encoding("python", pat_str=PATTERN, mergeable_ranks=ranks,
-                                 special_tokens={END_OF_TEXT: len(ranks)})
-    write_corpus(folder, "python", list(texts.items()), encoding, sources=sources)
+    write_corpus(folder, "python", texts.items(), byte_pair_encoding("python", PATTERN, ranks), sources=sources)
 
 
 def python_files():
@@ -309,28 +333,49 @@ def split_of(name):
 
 
 def write_corpus(folder, name, documents, encoding, **extra):
-    """Tokenize documents, a list of (text, split), into shards, meta.json and encoding.json in folder.
+    """Tokenize documents, an iterable of (text, split), into shards, meta.json and encoding.json in folder.
 
-    Each document begins with end-of-text. The folder is built under another name and
-    then renamed, so that nobody, a second builder included, ever sees half of one.
+    Each document begins with end-of-text. No more than BATCH_CHARS characters and a
+    shard of each split are in memory. Where training or validation gets no document, it
+    is the last twentieth of all tokens that validates. The folder is built under another
+    name and then renamed, so that nobody, a second builder included, ever sees half of one.
     """
     new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
     old = new.with_suffix(".old")
+    dtype = np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32
+    parts, shards = {split: [np.zeros(0, dtype)] for split in SPLITS}, Counter()
+
+    def write_shards(split, least):
+        tokens = np.concatenate(parts[split])
+        while len(tokens) >= least:
+            write_shard(new / f"{name}_{split}_{shards[split]:06d}.bin", tokens[:SHARD_TOKENS])
+            tokens = tokens[SHARD_TOKENS:]
+            shards[split] += 1
+        parts[split] = [tokens.copy()]                  # a view would keep what is written in memory
+
     new.mkdir(parents=True)
     try:
-        tokens = {split: [np.zeros(0, np.uint16)] for split in SPLITS}
-        with tqdm(total=sum(len(text) for text, _ in documents), unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-            for k in range(0, len(documents), 256):
-                texts, splits = zip(*documents[k:k + 256])
+        documents = iter(documents)
+        with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+            while batch := take(documents, BATCH_CHARS):
+                texts, splits = zip(*batch)
                 for split, ids in zip(splits, encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())):
-                    tokens[split].append(np.array([encoding.eot_token] + ids, np.uint16))
+                    parts[split].append(np.array([encoding.eot_token] + ids, dtype))
+                for split in SPLITS:
+                    if sum(map(len, parts[split])) >= SHARD_TOKENS:
+                        write_shards(split, SHARD_TOKENS)
                 bar.update(sum(map(len, texts)))
-        streams = {split: np.concatenate(parts) for split, parts in tokens.items()}
-        for split, stream in streams.items():
-            for k in range(0, len(stream), SHARD_TOKENS):
-                write_shard(new / f"{name}_{split}_{k // SHARD_TOKENS:06d}.bin", stream[k:k + SHARD_TOKENS])
+        if not all(shards[split] or len(parts[split]) > 1 for split in ("train", "val")):
+            tokens = np.concatenate(sum(parts.values(), []))
+            held_out = len(tokens) // 20
+            if held_out == 0:
+                fail(f"{folder}: {len(tokens)} tokens of text are too few to train on some and hold some out")
+            parts = {"train": [tokens[:-held_out]], "val": [tokens[-held_out:]], "test": [tokens[:0]]}
+        for split in SPLITS:
+            write_shards(split, 1)
         save_encoding(encoding, new)
-        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "hash": sha256(*streams.values()), **extra}
+        content = sha256(*(read_shard(path) for split in SPLITS for path in sorted(new.glob(f"{name}_{split}_*.bin"))))
+        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "hash": content, **extra}
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
             if folder.exists():
@@ -342,6 +387,21 @@ def write_corpus(folder, name, documents, encoding, **extra):
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def take(documents, size):
+    """The next documents of an iterator, until they have size characters."""
+    batch = []
+    for document in documents:
+        batch.append(document)
+        size -= len(document[0])
+        if size <= 0:
+            break
+    return batch
+
+
+def byte_pair_encoding(name, pattern, ranks):
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
 def train_bpe(texts, n):
@@ -372,7 +432,7 @@ def train_bpe(texts, n):
     for i in range(len(words)):
         tally(i, 1)
     tokens, heap = [bytes([byte]) for byte in range(256)], []
-    while len(tokens) < n:
+    while len(tokens) < n and (heap or changed):
         for pair in changed:
             heapq.heappush(heap, (-total[pair], pair))
         changed.clear()
@@ -386,3 +446,166 @@ def train_bpe(texts, n):
                 tally(i, 1)
             tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
     return {token: rank for rank, token in enumerate(tokens)}
+
+
+def text(args):
+    """Tokenize the files and folders of args.paths into args.out, a new folder."""
+    out, found = Path(args.out), {}
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"--out {out} holds other data; name a new folder, or delete it")
+    for given in map(Path, args.paths):
+        files = {path: path.relative_to(given.parent).as_posix() for path in (given, *sorted(given.rglob("*")))
+                 if path.is_file() and (path == given or "/." not in f"/{path.relative_to(given).as_posix()}")}
+        if not files:
+            fail(f"{given}: no file there to tokenize")
+        found.update(files)
+    for left in out.parent.glob(out.name + "." + 8 * "[0-9a-f]"):
+        print(f"{left} is left from a run that was killed, unless one is at work there: delete it")
+    files = list(found.items())
+    random.Random(0).shuffle(files)     # each phase reads its stretch of the stream, and should meet every folder
+    encoding = choose_encoding(args, (text for text, _ in read_documents(files, args.field)))
+    write_corpus(out, "text", read_documents(files, args.field), encoding)
+    print(f"{out} is ready: python train_tst.py --data {out}")
+
+
+def read_documents(files, field):
+    """Yield (text, split) from files, [(path, name), ...]: a .jsonl by lines, others whole, or in parts if long."""
+    for path, name in files:
+        jsonl = path.suffix == ".jsonl"
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                for n in itertools.count(1):
+                    text = file.readline() if jsonl else file.read(DOCUMENT_CHARS) + file.readline(DOCUMENT_CHARS)
+                    if "\0" in text:
+                        raise UnicodeError
+                    if not text:
+                        break
+                    if jsonl and text.strip():
+                        try:
+                            text = json.loads(text)[field].encode(errors="replace").decode()
+                        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                            fail(f"{path}:{n}: not a JSON object with text in its field {field!r}; mend it, or say "
+                                 "--field")
+                    if text.strip():
+                        yield text, split_of(f"{name}:{n}")
+        except UnicodeError:
+            fail(f"{path}: not UTF-8 text; convert it, or leave it out")
+
+
+def choose_encoding(args, texts):
+    """The tiktoken.Encoding that --tokenizer says: `train` (on texts), a file of byte pairs, or a name."""
+    name = args.tokenizer
+    if name == "train":
+        if args.vocab_size < 257:
+            fail(f"--vocab-size {args.vocab_size}: 256 bytes and end-of-text need 257")
+        return byte_pair_encoding("trained", PATTERN, train_bpe(texts, args.vocab_size - 1))
+    if Path(name).is_file():
+        if not args.pattern:
+            fail(f"--tokenizer {name}: a file does not say where words end; add --pattern {' or '.join(PATTERNS)}")
+        try:
+            ranks = {base64.b64decode(token, validate=True): int(rank)
+                     for token, rank in map(bytes.split, Path(name).read_bytes().splitlines())}
+        except ValueError:
+            ranks = {}
+        if not {bytes([i]) for i in range(256)} <= set(ranks) or sorted(ranks.values()) != list(range(len(ranks))):
+            fail(f"--tokenizer {name}: not a tiktoken BPE file, which has a token in base64 and its rank a line")
+        return byte_pair_encoding(Path(name).stem, PATTERNS[args.pattern], ranks)
+    if name not in tiktoken.list_encoding_names():
+        fail(f"--tokenizer {name}: no such file; the names are train, {', '.join(tiktoken.list_encoding_names())}")
+    encoding = load_encoding(Path(args.out), name)
+    if encoding is None:
+        fail(f"--tokenizer {name}: its file has to be downloaded once and cannot be; tiktoken keeps it in the folder "
+             f"TIKTOKEN_CACHE_DIR ({os.environ.get('TIKTOKEN_CACHE_DIR', 'not set')}); --tokenizer train works without")
+    return encoding
+
+
+def fineweb_repo(stem, shards):
+    """The smallest dataset whose files are so called that has that many training shards."""
+    return next(repo for most, repo in FINEWEB[stem].items() if shards <= most)
+
+
+def fineweb(args):
+    """Download the validation shard and the training shards 1 .. args.shards, but those that are there."""
+    stem, out = "finewebedu" if args.edu else "fineweb", Path(args.out)
+    if not 1 <= args.shards <= max(FINEWEB[stem]):
+        fail(f"--shards {args.shards}: there are 1 to {max(FINEWEB[stem])}")
+    repo, held = fineweb_repo(stem, args.shards), None
+    if (out / "meta.json").exists():
+        held = read_json(out / "meta.json").get("repo", "of another tokenizer")
+    elif any(out.glob("*.bin")):
+        held = fineweb_repo(stem, 1)    # modded-nanogpt's, most likely
+    if held not in (None, repo) or any(not path.name.startswith((f"{stem}_", "meta.json")) for path in out.glob("*")):
+        fail(f"--out {out} holds other data, and {repo} may repeat its documents; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "meta.json").write_text(json.dumps({**GPT2, "repo": repo}))
+    names = [f"{stem}_val_000000.bin"] + [f"{stem}_train_{k:06d}.bin" for k in range(1, args.shards + 1)]
+    missing = [name for name in names if not (out / name).exists()]
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    with tqdm(total=len(missing) * (HEADER_BYTES + 2 * SHARD_TOKENS), unit="B", unit_scale=True, disable=None) as bar:
+        for name in missing:
+            download(f"{endpoint}/datasets/{repo}/resolve/main/{name}", out / name, bar)
+    print(f"{out} has {args.shards} training shards: python train_tst.py --data {out}")
+
+
+def download(url, path, bar):
+    """Fetch the shard at url to path, by way of path.part, which it goes on with after any failure."""
+    part, before, failures = path.with_name(path.name + ".part"), bar.n, 0
+    while not path.exists():
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            with requests.get(url, stream=True, timeout=60, headers={
+                    "Range": f"bytes={have}-", "Accept-Encoding": "identity"}) as reply:
+                if 400 <= reply.status_code < 500 and reply.status_code not in (408, 416, 429):
+                    fail(f"{url}: HTTP {reply.status_code}; if another host has it, set HF_ENDPOINT")
+                if reply.status_code != 416:                    # or else there is nothing after what we have
+                    reply.raise_for_status()
+                    with open(part, "ab" if reply.status_code == 206 else "wb") as file:
+                        whole = file.tell() + int(reply.headers.get("Content-Length", 0))
+                        for chunk in reply.iter_content(2 ** 16):
+                            file.write(chunk)
+                            bar.update(before + file.tell() - bar.n)
+                        if file.tell() < whole:
+                            raise requests.ConnectionError
+            try:
+                read_shard(part)
+            except SystemExit:
+                part.unlink()
+                raise
+            os.replace(part, path)
+        except requests.RequestException as error:
+            failures = 1 if part.exists() and part.stat().st_size > have else failures + 1
+            if failures == RETRIES:
+                why = type(error).__name__ if error.response is None else f"HTTP {error.response.status_code}"
+                fail(f"{url}: {why}, {failures} times in a row; the same command goes on where this one stopped")
+            time.sleep(BACKOFF * 2 ** failures)
+
+
+def main(argv=None):
+    """Download or tokenize as argv says (default: the command line). SystemExit(2) on bad input."""
+    parser = argparse.ArgumentParser(description="Make a folder of token shards to train on.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("fineweb", help="download GPT-2 tokens of FineWeb, 100M a shard", allow_abbrev=False)
+    command.add_argument("--shards", type=int, required=True, help="training shards to have, 200 MB each")
+    command.add_argument("--edu", action="store_true", help="FineWeb-Edu, of which there are 99")
+    command.add_argument("--out", help="folder (default: data/fineweb, or data/fineweb-edu)")
+    other = commands.add_parser("text", help="tokenize your own text", allow_abbrev=False)
+    other.add_argument("paths", nargs="+", help="text files, .jsonl files, and folders of them")
+    other.add_argument("--out", required=True, help="the new folder")
+    other.add_argument("--tokenizer", default="gpt2",
+                       help="tiktoken's name of it, a tiktoken BPE file, or train, on the text (default: gpt2)")
+    other.add_argument("--pattern", choices=tuple(PATTERNS), help="how text is split, for a tokenizer from a file")
+    other.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="for train (default: %(default)s)")
+    other.add_argument("--field", default="text", help="of a .jsonl's objects (default: text)")
+    parser.error = command.error = other.error = fail
+    args = parser.parse_args(argv)
+    args.out = args.out or f"data/fineweb{'-edu' if args.edu else ''}"
+    try:
+        fineweb(args) if args.command == "fineweb" else text(args)
+    except OSError as error:
+        fail(f"{error.filename or args.out}: {error.strerror or error}; mend that, or name another --out")
+    except KeyboardInterrupt:
+        fail("interrupted; the same command starts again, and downloads go on where they stopped", status=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 """The paper's claims and the scripts' promises, one a test. Run with: python -m pytest"""
 import argparse
+import base64
+import http.server
 import importlib.util
 import io
 import json
@@ -7,10 +9,12 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -923,3 +927,345 @@ def test_bad_flags_of_sampling_end_in_one_clear_line(run, capsys, bad, names):
         models.main([str(run), *bad])
     printed = capsys.readouterr()
     assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1 and names in printed.err
+
+
+# Data preparation
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A real HTTP server in the place of Hugging Face: `files` by name, `faults` for the next requests, `asked`."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name, start = self.path.split("/")[-1], int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+            fault = hub.faults.pop(0) if hub.faults else None
+            hub.asked.append((self.path, start))
+            body = hub.files.get(name)
+            if body is None or isinstance(fault, int) or start >= len(body):
+                return self.send_error(404 if body is None else fault or 416)
+            start = 0 if fault == "no ranges" else start
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", len(body) - start)
+            self.end_headers()
+            self.wfile.write(body[start:start + 2 ** 17 if fault == "drop" else None])
+
+        def log_message(self, *args):
+            pass
+
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.files, hub.faults, hub.asked = {}, [], []
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}/")
+    monkeypatch.setattr(data, "BACKOFF", 0)
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.fixture
+def fineweb(hub, tmp_path):
+    """The hub with a validation shard and three training shards."""
+    for k, name in enumerate(["fineweb_val_000000", *(f"fineweb_train_{k:06d}" for k in (1, 2, 3))]):
+        shard(tmp_path / "shard", np.arange(250_000) % 50_000 + k)
+        hub.files[f"{name}.bin"] = (tmp_path / "shard").read_bytes()
+    (tmp_path / "shard").unlink()
+    return hub
+
+
+def get(out, *more):
+    data.main(["fineweb", "--shards", "3", "--out", str(out), *more])
+
+
+def refused(capsys, *argv):
+    """The one line that data.py ends in."""
+    with pytest.raises(SystemExit) as stop:
+        data.main([str(word) for word in argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1, err
+    return err
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_fineweb_arrives_whole_through_dropped_connections_and_errors(fineweb, tmp_path):
+    fineweb.faults = ["drop", 503, "drop", "drop", None, 429, "drop", 500, "no ranges"]
+    get(tmp_path / "out")
+    assert {**fineweb.files, "meta.json": (tmp_path / "out" / "meta.json").read_bytes()} == contents(tmp_path / "out")
+    assert fineweb.asked[:5] == [("/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_val_000000.bin", start)
+                                 for start in (0, 2 ** 17, 2 ** 17, 2 * 2 ** 17, 3 * 2 ** 17)]
+    train, val, meta, _ = data.load(tmp_path / "out")
+    assert len(train) == 750_000 and val.read(0, 3).tolist() == [0, 1, 2] and meta["vocab_size"] == 50_257
+
+    asked = len(fineweb.asked)
+    (tmp_path / "out" / "fineweb_train_000002.bin").rename(tmp_path / "out" / "fineweb_train_000002.bin.part")
+    with open(tmp_path / "out" / "fineweb_train_000002.bin.part", "r+b") as file:
+        file.truncate(100_000)                                                     # left by a run that was killed
+    get(tmp_path / "out")
+    assert [start for _, start in fineweb.asked[asked:]] == [100_000]              # and what is whole is not asked for
+    get(tmp_path / "out")
+    assert len(fineweb.asked) == asked + 1
+    (tmp_path / "out" / "fineweb_val_000000.bin").rename(tmp_path / "out" / "fineweb_val_000000.bin.part")
+    get(tmp_path / "out")                                                       # killed between the last byte and its rename
+    assert {name: content for name, content in contents(tmp_path / "out").items() if name in fineweb.files} == fineweb.files
+
+
+def test_the_number_of_shards_chooses_the_dataset(hub, tmp_path, capsys):
+    for words, place in ((["103"], "kjj0/fineweb10B-gpt2/resolve/main/fineweb_val_000000.bin"),
+                         (["104"], "kjj0/fineweb100B-gpt2/resolve/main/fineweb_val_000000.bin"),
+                         (["99", "--edu"], "kjj0/finewebedu10B-gpt2/resolve/main/finewebedu_val_000000.bin")):
+        assert "HTTP 404" in refused(capsys, "fineweb", "--out", tmp_path / words[0], "--shards", *words)
+        assert hub.asked.pop() == (f"/datasets/{place}", 0) and hub.asked == []
+    for words in (["0"], ["1031"], ["100", "--edu"], ["many"]):
+        assert words[0] in refused(capsys, "fineweb", "--out", tmp_path / "none", "--shards", *words)
+    assert not (tmp_path / "none").exists() and hub.asked == []
+
+
+def test_a_download_that_fails_leaves_no_shard_behind(fineweb, tmp_path, capsys):
+    for fault, says in ((403, "HTTP 403"), (503, "HTTP 503, 6 times in a row")):
+        fineweb.faults = 6 * [fault]
+        assert says in refused(capsys, "fineweb", "--shards", 1, "--out", tmp_path / "out")
+    fineweb.faults = []
+    whole = fineweb.files["fineweb_val_000000.bin"]
+    for body, says in ((whole[:-10], "truncated"), (whole + b"more", "damaged"), (b"<html>" * 500, "not an llm.c shard")):
+        fineweb.files["fineweb_val_000000.bin"] = body
+        assert says in refused(capsys, "fineweb", "--shards", 1, "--out", tmp_path / "out")
+        assert list(contents(tmp_path / "out")) == ["meta.json"]
+    fineweb.server_close()
+    fineweb.shutdown()
+    assert "ConnectionError, 6 times" in refused(capsys, "fineweb", "--shards", 1, "--out", tmp_path / "out")
+
+
+def test_shards_of_different_datasets_are_never_mixed(fineweb, tmp_path, capsys):
+    get(tmp_path / "out")
+    assert "fineweb100B-gpt2" in refused(capsys, "fineweb", "--shards", 104, "--out", tmp_path / "out")
+    assert "holds other data" in refused(capsys, "fineweb", "--edu", "--shards", 1, "--out", tmp_path / "out")
+    (tmp_path / "out" / "meta.json").unlink()                                   # as modded-nanogpt leaves its folder
+    assert "fineweb100B-gpt2" in refused(capsys, "fineweb", "--shards", 104, "--out", tmp_path / "out")
+    get(tmp_path / "out")
+    assert len(fineweb.asked) == 4
+
+
+def test_a_run_says_how_many_shards_of_fineweb_it_needs():
+    def said(name, shards, *more):
+        class Tokens(Counting):
+            files = shards * [Path(name)]
+            def __len__(self): return 100_000_000 * shards
+
+        args, _ = train_tst.parse(["--data", "data/fineweb", "--model", "270m", "--device", "cpu", *more])
+        switch = round(args.r * args.steps)
+        batches = data.Batches(Tokens(), [(switch, args.s, args.s), (args.steps - switch, 1, 1)], 512, 1024, 0)
+        return train_tst.describe(args, switch, Tokens(), batches, None)
+
+    assert "python data.py fineweb --shards 263\n" in said("fineweb_train_000001.bin", 10)
+    assert "--steps 762 stays within one" in said("fineweb_train_000001.bin", 10)
+    assert "python data.py fineweb --shards 105\n" in said("fineweb_train_000001.bin", 10, "--s", "1")
+    assert "python data.py fineweb --shards 263 --edu\n" in said("finewebedu_train_1.bin", 1)
+    assert "--shards" not in said("other_train_1.bin", 10)
+    assert "--shards" not in said("fineweb_train_000001.bin", 263)
+
+
+@pytest.mark.parametrize("magic, version, dtype, top", [(20240520, 1, "<u2", 50_000), (20240801, 7, "<u4", 128_000)])
+def test_both_formats_load_from_the_headers_description_and_round_trip(tmp_path, magic, version, dtype, top):
+    tokens = np.random.default_rng(0).integers(0, top, 5000).astype(dtype)
+    by_hand = np.array([magic, version, 5000] + 253 * [0], "<i4").tobytes() + tokens.tobytes()
+    for split in ("train", "val"):
+        (tmp_path / f"x_{split}_0.bin").write_bytes(by_hand)
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "mine", "vocab_size": top}))     # by hand, without a hash
+    train, _, meta, encoding = data.load(tmp_path)
+    assert np.array_equal(train.read(0, 5000), tokens) and len(meta["hash"]) == 64 and encoding is None
+    data.write_shard(tmp_path / "ours.bin", tokens)
+    assert (tmp_path / "ours.bin").read_bytes() == by_hand
+
+
+def test_more_shards_can_be_read_than_files_be_open(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for k in range(1100):
+        data.write_shard(tmp_path / f"x_train_{k:06d}.bin", np.array([k]))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))           # many a system's default
+        tokens = data.Stream(sorted(tmp_path.iterdir()), 1100)
+        assert [int(tokens.read(k, 1)[0]) for k in range(1100)] == list(range(1100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory):
+    """A tiktoken-format BPE file of all bytes and a few pairs, and one of more than 65,536 tokens."""
+    folder = tmp_path_factory.mktemp("bpe")
+    single = [bytes([i]) for i in range(256)]
+    for name, tokens in {"small": single + [b"ab", b"12", b"34", b"1234"],
+                         "large": single + [a + b for a in single for b in single]}.items():
+        (folder / name).write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    return folder
+
+
+def tokenize(out, *words):
+    """The meta and {split: documents} of what `data.py text` makes of words."""
+    data.main(["text", *map(str, words), "--out", str(out)])
+    *_, meta, encoding = data.load(out)
+    found = {}
+    for split in data.SPLITS:
+        paths = sorted(out.glob(f"text_{split}_*.bin"))
+        tokens = data.Stream(paths, meta["vocab_size"]).read(0, sum(len(data.read_shard(p)) for p in paths)) if paths else []
+        found[split] = [document for document in encoding.decode(list(tokens)).split(data.END_OF_TEXT) if document]
+    return meta, found
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A folder of 200 files with a hidden one, and a .jsonl of 200 lines: the folder that holds both."""
+    (tmp_path / "in" / "notes" / "deep").mkdir(parents=True)
+    for i in range(200):
+        (tmp_path / "in" / "notes" / f"{'deep/' * (i % 2)}{i}.{'md' if i % 3 else 'py'}").write_text(f"note {i}:\r\n\u20ac caf\u00e9\n" * 5, encoding="utf-8", newline="")
+    (tmp_path / "in" / "notes" / ".git").write_bytes(b"\xff\0")
+    (tmp_path / "in" / "notes" / "empty.txt").touch()
+    rows = [json.dumps({"text": f"row {i} " * 5, "body": f"body {i}"}) for i in range(200)]
+    (tmp_path / "in" / "c.jsonl").write_text("\n\n".join(rows) + "\n")
+    return tmp_path / "in"
+
+
+def test_your_own_text_comes_out_document_by_document(notes, bpe, tmp_path, monkeypatch):
+    expected = {f"note {i}:\r\n\u20ac caf\u00e9\n" * 5 for i in range(200)} | {f"row {i} " * 5 for i in range(200)}
+    words = (notes / "notes", notes / "c.jsonl", "--tokenizer", bpe / "small", "--pattern", "gpt2")
+    meta, found = tokenize(tmp_path / "one", *words)
+    assert sorted(sum(found.values(), [])) == sorted(expected) and meta["vocab_size"] == 261
+    assert all(4 < len(found[split]) < 30 for split in ("val", "test"))
+    assert "row 6 " * 5 in found[data.split_of("c.jsonl:13")]                   # a blank line between any two
+    monkeypatch.chdir(notes)
+    monkeypatch.setattr(data, "BATCH_CHARS", 1000)                              # the same from elsewhere, in other batches
+    tokenize(tmp_path / "two", "notes", "c.jsonl", *words[2:])
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    _, found = tokenize(tmp_path / "three", "c.jsonl", "--field", "body", "--tokenizer", "train", "--vocab-size", "300")
+    assert sorted(sum(found.values(), [])) == sorted(f"body {i}" for i in range(200))
+    _, found = tokenize(tmp_path / "four", ".", *words[2:])                     # what is hidden stays so, seen from the dot too
+    assert len(sum(found.values(), [])) == 400
+
+
+def test_shards_are_written_as_they_fill(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(data, "BATCH_CHARS", 500)
+    written = []
+
+    def documents():
+        for i in range(100):
+            written.append(len(list(tmp_path.glob("out.*/*.bin"))))
+            yield f"{i:099d}", ("val" if i % 10 == 0 else "train")
+
+    encoding = data.byte_pair_encoding("bytes", ".", {bytes([i]): i for i in range(256)})
+    data.write_corpus(tmp_path / "out", "x", documents(), encoding)
+    assert written[20] == 1 and written[99] == 9
+    assert {name: (len(content) - 1024) // 2 for name, content in contents(tmp_path / "out").items() if "bin" in name} == {
+        "x_val_000000.bin": 1000, **{f"x_train_{k:06d}.bin": 1000 for k in range(9)}}
+    tokens = data.Stream(sorted((tmp_path / "out").glob("x_train*")), 257).read(0, 9000).tolist()
+    assert encoding.decode(tokens).split(data.END_OF_TEXT)[1:] == [f"{i:099d}" for i in range(100) if i % 10]
+
+
+def test_a_long_file_is_cut_at_line_ends_and_one_document_is_held_out_in_part(bpe, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DOCUMENT_CHARS", 100)
+    (tmp_path / "long.txt").write_text("".join(f"line {i}\n" for i in range(3000)))
+    _, found = tokenize(tmp_path / "long", tmp_path / "long.txt", "--tokenizer", "train", "--vocab-size", "300")
+    assert all(part.endswith("\n") and 100 < len(part) < 120 for part in sum(found.values(), []) if "line 2999" not in part)
+    assert sorted("".join(sum(found.values(), [])).splitlines()) == sorted(f"line {i}" for i in range(3000))
+    assert len(found["val"]) > 3
+    for name in ("book.txt", "1.txt"):                                          # drawn for training, and for validation
+        (tmp_path / name).write_text("once" * 20)
+        _, found = tokenize(tmp_path / f"from-{name}", tmp_path / name, "--tokenizer", bpe / "small", "--pattern", "gpt2")
+        train, val, *_ = data.load(tmp_path / f"from-{name}")
+        assert (len(train), len(val)) == (77, 4) and train.read(0, 1)[0] == 260
+    assert [data.split_of(f"{name}:1") for name in ("book.txt", "1.txt")] == ["train", "val"]
+
+
+def test_a_tokenizer_from_a_file_splits_as_its_pattern_says_and_above_65536_tokens_shards_are_uint32(bpe, tmp_path):
+    (tmp_path / "a.txt").write_text("ab1234 " * 100)
+    for pattern, four in (("gpt2", [259]), ("llama3", [257, 51, 52])):          # llama3: three digits, and then one
+        tokenize(tmp_path / pattern, tmp_path / "a.txt", "--tokenizer", bpe / "small", "--pattern", pattern)
+        train, *_ = data.load(tmp_path / pattern)
+        assert train.read(0, 3 + len(four)).tolist() == [260, 256] + four + [32]
+    meta, found = tokenize(tmp_path / "large", tmp_path / "a.txt", "--tokenizer", bpe / "large", "--pattern", "gpt2")
+    train, *_ = data.load(tmp_path / "large")
+    assert meta["vocab_size"] == 65_793 and train.read(0, 1)[0] == 65_792 and "".join(sum(found.values(), [])) == "ab1234 " * 100
+    assert np.fromfile(tmp_path / "large" / "text_train_000000.bin", "<i4", 2).tolist() == [20240801, 7]
+
+
+def test_a_tokenizer_killed_midway_leaves_nothing_in_its_place_and_runs_again(tmp_path):
+    (tmp_path / "big.txt").write_text("".join(f"{i} {i * i} {i ** 5}\n" for i in range(60_000)))
+    words = ["data.py", "text", tmp_path / "big.txt", "--out", tmp_path / "out", "--tokenizer", "train", "--vocab-size", "257"]
+    first = subprocess.Popen([sys.executable, *map(str, words)], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not list(tmp_path.glob("out.*")):
+        time.sleep(0.01)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL and not (tmp_path / "out").exists() and len(list(tmp_path.glob("out.*"))) == 1
+    status, out, err = script(*words)
+    assert status == 0 and "is left from a run that was killed" in out, err
+    assert len(data.load(tmp_path / "out")[0]) > 1_000_000
+
+
+def test_a_full_disk_ends_in_one_clear_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "big.txt").write_text("".join(f"{i} {i * i}\n" for i in range(100_000)))
+    code = ("import resource, data; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "     # as near as a test gets
+            f"data.main(['text', {str(tmp_path / 'big.txt')!r}, '--out', {str(tmp_path / 'out')!r}, '--tokenizer', 'train'])")
+    status, _, err = script("-c", code)
+    assert status == 2 and err.count("\n") == 1 and "File too large" in err and str(tmp_path / "out") in err
+    assert [path.name for path in tmp_path.iterdir()] == ["big.txt"]
+
+
+def bad_text(content):
+    return lambda folder: (folder / "bad.txt").write_bytes(content)
+
+
+def bad_line(line):
+    return lambda folder: (folder / "bad.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+
+
+@pytest.mark.parametrize("prepare, words, says", [
+    (bad_text(b"caf\xe9"), [], "bad.txt: not UTF-8"), (bad_text(b"\x7fELF\0\0"), [], "bad.txt: not UTF-8"),
+    (bad_line("{text"), [], "bad.jsonl:2: not a JSON"), (bad_line('{"body": "x"}'), [], "bad.jsonl:2: not a JSON"),
+    (bad_line('{"text": 7}'), [], "bad.jsonl:2"), (bad_line('"text"'), [], "bad.jsonl:2"), (bad_line("[" * 10_000), [], "bad.jsonl:2"),
+    (bad_line("{}"), ["--field", "body"], "bad.jsonl:1: not a JSON object with text in its field 'body'"),
+    (bad_text(b"hi"), [], "too few"), (bad_text(b""), [], "too few"), (lambda folder: None, [], "no file there"),
+    (bad_text(b"x"), ["--tokenizer", "gpt9"], "gpt9: no such file; the names are train, gpt2"),
+    (bad_text(b"x"), ["--tokenizer", __file__, "--pattern", "gpt2"], "not a tiktoken BPE file"),
+    (bad_text(b"x"), ["--tokenizer", __file__], "--pattern gpt2 or llama3"),
+    (bad_text(b"x"), ["--vocab-size", "256"], "--vocab-size 256"), (bad_text(b"x"), ["--pattern", "gpt7"], "--pattern"),
+    (lambda folder: (folder / "out").mkdir() or (folder / "out" / "thesis.doc").touch(), [], "holds other data"),
+    (lambda folder: (folder / "out").touch(), [], "holds other data"),
+])
+def test_bad_text_ends_in_one_clear_line_and_leaves_nothing(tmp_path, capsys, prepare, words, says):
+    prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert says in refused(capsys, "text", tmp_path, "--out", tmp_path / "out", "--tokenizer", "train", *words)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "/nowhere: no file" in refused(capsys, "text", "/nowhere", "--out", tmp_path / "new")
+
+
+def test_without_a_network_the_way_out_is_named_and_shards_still_train(tmp_path, capsys, monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")                          # where nothing listens
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    (tmp_path / "a.txt").write_text("hello " * 100)
+    message = refused(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "o200k_base")
+    assert all(word in message for word in ("o200k_base", f"TIKTOKEN_CACHE_DIR ({tmp_path}/cache)", "--tokenizer train"))
+    assert not (tmp_path / "out").exists()
+
+    (tmp_path / "others").mkdir()
+    for split, n in (("train", 20_000), ("val", 1000)):
+        shard(tmp_path / "others" / f"fineweb_{split}_000001.bin", np.arange(n) % 50_257)
+    train_tst.main(flags(tmp_path / "others", tmp_path / "run", "--steps", "2", "--warmup-steps", "0"))
+    printed = capsys.readouterr().out
+    assert "GPT-2's is assumed" in printed and "no bits per byte, no sample" in printed
+    assert lines(tmp_path / "run")[-1]["val_bpb"] is None
+
+
+@pytest.mark.parametrize("name, says", [("train.bin", "nanoGPT's, without a header"), ("edufineweb_train_000001.npy", "build-nanogpt's"),
+                                        (None, "no *train*.bin there")])
+def test_other_formats_are_recognised_and_refused_with_the_remedy(tmp_path, capsys, name, says):
+    for split in ("train", "val"):
+        if name:
+            np.arange(5000, dtype=np.uint16).tofile(tmp_path / name.replace("train", split))
+    with pytest.raises(SystemExit) as stop:
+        data.load(tmp_path)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and says in err and "python data.py text FILES --out FOLDER" in err

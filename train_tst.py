@@ -335,8 +335,11 @@ def describe(args, switch_step, tokens, batches, encoding):
          f"{(args.steps - switch_step) * positions:,} in the recovery phase, {batches.epochs:.2f} epochs"),
         (batches.epochs > 1, "above one epoch tokens repeat, and TST lives on spare data: --steps "
          f"{int(args.steps / batches.epochs)} stays within one"),
+        (batches.epochs > 1 and "fineweb" in tokens.files[0].name, "or get all it needs: python data.py fineweb --shards "
+         f"{math.ceil(batches.epochs * len(tokens) / data.SHARD_TOKENS)}" + " --edu" * ("edu" in tokens.files[0].name)),
         (builtin, "for your own shards: python train_tst.py --model 270m --data FOLDER"),
         (not builtin, f"for the built-in corpus: python train_tst.py --data {data.PYTHON_CORPUS}"),
+        (not (Path(args.data) / "meta.json").exists(), f"{args.data} names no tokenizer: GPT-2's is assumed"),
         (encoding is None, "its tokenizer is neither here nor to be downloaded: no bits per byte, no sample"),
         (args.device.startswith("cuda") and not has_bfloat16(), f"no native bfloat16 here: {args.dtype} is in force"),
     )
