@@ -15,7 +15,6 @@ import functools
 import hashlib
 import heapq
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -68,7 +67,7 @@ PATTERNS = {                            # of the tokenizers whose files hold byt
 def fail(message, status=2):
     """One line on standard error, and exit; of the processes on a machine, one speaks."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -220,7 +219,7 @@ def read_json(path, **fields):
     """The object in a JSON file, its named fields checked for their types."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if all(type(found[name]) is kind for name, kind in fields.items()):
+        if type(found) is dict and all(type(found[name]) is kind for name, kind in fields.items()):
             return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -474,22 +473,23 @@ def read_documents(files, field):
         jsonl = path.suffix == ".jsonl"
         try:
             with open(path, encoding="utf-8", newline="") as file:
-                for n in itertools.count(1):
-                    text = file.readline() if jsonl else file.read(DOCUMENT_CHARS) + file.readline(DOCUMENT_CHARS)
+                read = file.readline if jsonl else lambda: file.read(DOCUMENT_CHARS) + file.readline(DOCUMENT_CHARS)
+                for n, text in enumerate(iter(read, ""), 1):
                     if "\0" in text:
                         raise UnicodeError
-                    if not text:
-                        break
-                    if jsonl and text.strip():
-                        try:
-                            text = json.loads(text)[field].encode(errors="replace").decode()
-                        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                            fail(f"{path}:{n}: not a JSON object with text in its field {field!r}; mend it, or say "
-                                 "--field")
+                    if jsonl:
+                        text = json_text(text, field, f"{path}:{n}")
                     if text.strip():
                         yield text, split_of(f"{name}:{n}")
         except UnicodeError:
             fail(f"{path}: not UTF-8 text; convert it, or leave it out")
+
+
+def json_text(line, field, place):
+    try:
+        return json.loads(line)[field].encode(errors="replace").decode() if line.strip() else ""
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        fail(f"{place}: not a JSON object with text in its field {field!r}; mend it, or say --field")
 
 
 def choose_encoding(args, texts):
