@@ -52,7 +52,7 @@ RETRIES, BACKOFF = 6, 1.0               # times in a row that bring no byte; sec
 PYTHON_CORPUS = Path("data/python")     # this path names the built-in corpus, which is made when absent
 PYTHON_PACKAGES = ("torch torchgen functorch numpy tiktoken tqdm sympy mpmath networkx jinja2 fsspec filelock "
                    "regex requests urllib3 idna certifi charset_normalizer").split()
-VOCAB_SIZE = 4096                       # of the built-in corpus, end-of-text included
+VOCAB_SIZE = 1024                       # of the built-in corpus, end-of-text included
 BPE_SAMPLE = 8_000_000                  # characters the vocabulary is trained on
 # What byte pairs may merge within: a word with the character before it, three digits, punctuation,
 # and a line break with the next line's indentation, of which source code is full.
@@ -251,6 +251,40 @@ def load_encoding(folder, name):
         return tiktoken.get_encoding(name)
     except Exception:                   # whatever the network raises: training can do without
         return None
+
+
+def save_hugging_face_tokenizer(encoding, folder):
+    """Write what transformers.AutoTokenizer opens as the same tokenizer, or return False if no exact one can be made.
+
+    tiktoken joins any two neighbours whose bytes are a token, the lowest rank first, so each
+    way to cut a token in two is a merge. ImportError without the package.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]     # the bytes that GPT-2 writes as themselves
+    hidden = [byte for byte in range(256) if byte not in visible]
+    letters = dict(zip(visible + hidden, map(chr, visible + [*range(256, 324)])))
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    names = {token: "".join(letters[byte] for byte in token) for token, _ in ranks}
+    merges = [(names[token[:k]], names[token[k:]]) for token in names for k in range(1, len(token))
+              if token[:k] in names and token[k:] in names]
+    vocabulary = {names[token]: rank for token, rank in ranks} | encoding._special_tokens
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    try:
+        split = pre_tokenizers.Split(Regex(encoding._pat_str), "removed", invert=True)
+    except Exception:                   # its regular expressions are of another library than tiktoken's
+        return False
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in encoding._special_tokens])
+    everything = b"".join(names).decode(errors="replace")
+    if tokenizer.encode(everything).ids != encoding.encode_ordinary(everything):
+        return False
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
+        "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}))
+    return True
 
 
 def build_python_corpus(folder=PYTHON_CORPUS):

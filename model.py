@@ -6,11 +6,14 @@ and `multi_hot_cross_entropy`; it adds no parameter and no buffer, and with bags
 of one token the model is an ordinary GPT.
 
     python model.py RUN --prompt "def main"     # sample from a run's folder
+    python model.py RUN --export DIR            # write it for Hugging Face transformers
 """
 import argparse
 import codecs
+import json
 import math
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,15 +123,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids, n, temperature=0.8, top_k=50, generator=None):
-        """Yield up to n token ids that continue the list ids; temperature 0 is greedy.
+        """Yield n token ids that continue the list ids, from its last seq_len; temperature 0 is greedy.
 
         Every token runs the whole context again: a key-value cache would complicate
-        the attention that people come here to read.
+        the attention that people come here to read, and `export` gives the model to
+        every engine that has one.
         """
         for _ in range(n):
             context = torch.tensor(ids[-self.config.seq_len:], device=self.cos.device)
             logits = self(context.view(1, -1, 1))[0, -1, :self.config.vocab_size].float()
-            if temperature == 0:
+            if temperature < 1e-6:          # 0, or so near it that the division would overflow
                 ids = ids + [logits.argmax().item()]
             else:
                 top, index = logits.topk(min(top_k, logits.numel()))
@@ -188,8 +192,11 @@ def at_least_float32(x):
 
 
 def rope_table(length, head_dim, theta):
-    """cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoFormer, arXiv 2104.09864)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    """cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoFormer, arXiv 2104.09864).
+
+    In Hugging Face's order of operations: far positions multiply a rounding error.
+    """
+    frequency = 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 
@@ -263,8 +270,53 @@ def load_model(path, device="cpu"):
     return model.eval(), data.load_encoding(folder, checkpoint["data"]["tokenizer"])
 
 
+def export(model, encoding, folder):
+    """Write a GPT as Hugging Face's LlamaForCausalLM, with its tiktoken.Encoding (or None) where that converts.
+
+    folder, new or empty, appears whole or not at all. SystemExit(2) where it cannot,
+    ImportError where a package is missing.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    c, path = model.config, Path(folder).resolve()
+    end = encoding and encoding._special_tokens.get(data.END_OF_TEXT)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
+              "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": c.n_hidden,
+              "hidden_act": "silu", "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+              "num_key_value_heads": c.n_kv_head, "max_position_embeddings": c.seq_len, "rope_theta": c.rope_theta,
+              "rms_norm_eps": model.norm.eps, "tie_word_embeddings": False, "bos_token_id": end, "eos_token_id": end}
+    weights = {"model.embed_tokens": model.embedding.weight[:c.vocab_size], "model.norm": model.norm.weight,
+               "lm_head": model.head.weight[:c.vocab_size]}             # the padding is cut
+    for i, block in enumerate(model.blocks):
+        head_dim = block.attention.head_dim
+        q, k, v = block.attention.qkv.weight.split([n * head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head)])
+        gate, up = block.mlp.gate_up.weight.chunk(2)
+        layer = {"input_layernorm": block.attention_norm.weight, "self_attn.q_proj": q, "self_attn.k_proj": k,
+                 "self_attn.v_proj": v, "self_attn.o_proj": block.attention.out.weight,
+                 "post_attention_layernorm": block.mlp_norm.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
+                 "mlp.down_proj": block.mlp.down.weight}
+        weights.update({f"model.layers.{i}.{name}": weight for name, weight in layer.items()})
+    try:
+        if path.exists() and (path.is_file() or any(path.iterdir())):
+            fail(f"--export {folder} holds something already: name a new folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            new = Path(temporary, path.name)
+            new.mkdir()
+            save_file({f"{name}.weight": weight.detach().clone() for name, weight in weights.items()},
+                      new / "model.safetensors", metadata={"format": "pt"})
+            (new / "config.json").write_text(json.dumps(config, indent=1))
+            (new / "generation_config.json").write_text(json.dumps({"bos_token_id": end, "eos_token_id": end}))
+            if not (encoding and data.save_hugging_face_tokenizer(encoding, new)):
+                print(f"{folder} gets no tokenizer: it cannot be loaded, or not converted exactly", file=sys.stderr)
+            new.rename(path)
+    except (OSError, SafetensorError) as error:
+        fail(f"--export {folder}: cannot write there ({error}): name another folder")
+    print(f"{folder} is ready for transformers and for lm_eval --model hf --model_args pretrained={folder}")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Sample from a trained model. The text goes to standard output.")
+    parser = argparse.ArgumentParser(description="Sample from a trained model, or export it.")
     parser.error = fail
     parser.add_argument("run", help="a run's folder, or a checkpoint file in it")
     parser.add_argument("--prompt", default="", help="text to continue; - reads standard input")
@@ -272,27 +324,43 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="sample among the k likeliest (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--n", type=int, default=1, help="samples, a line of --- between them (default: 1)")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
+    parser.add_argument("--export", metavar="DIR", help="write the model to this new folder for Hugging Face instead")
     args = parser.parse_args(argv)
-    if args.tokens < 0 or args.top_k < 1 or not 0 <= args.temperature < math.inf:
-        fail(f"--tokens {args.tokens} --top-k {args.top_k} --temperature {args.temperature}: "
-             "give at least 0, at least 1 and at least 0")
-    model, encoding = load_model(args.run, "cuda" if torch.cuda.is_available() else "cpu")
+    if args.export is not None:
+        try:
+            return export(*load_model(args.run), args.export)
+        except ImportError as error:
+            fail(f"--export: {error}: pip install transformers safetensors")
+    for flag, value, low in (("--tokens", args.tokens, 0), ("--temperature", args.temperature, 0),
+                             ("--top-k", args.top_k, 1), ("--seed", args.seed, 0), ("--n", args.n, 1)):
+        if not low <= value < 2 ** 63:
+            fail(f"{flag} {value}: give a number from {low} on, below 2^63")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = args.device or next(name for name in there if there[name])
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception:                   # torch raises a different one for each way to be missing
+        fail(f"--device {device} is not on this machine: leave it out to take what is")
+    model, encoding = load_model(args.run, device)
     if encoding is None:
         fail(f"{args.run}: its tokenizer cannot be loaded here; tiktoken wants the network once, or TIKTOKEN_CACHE_DIR")
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    sys.stdout.reconfigure(errors="replace")        # a terminal may be ASCII
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = sys.stdin.buffer.read().decode(errors="replace") if args.prompt == "-" else args.prompt
     ids = encoding.encode_ordinary(prompt)
-    limit = model.config.seq_len
-    if len(ids) >= limit:
-        print(f"the prompt's {len(ids)} tokens are cut to its last {limit}, the training length", file=sys.stderr)
-    print(prompt, end="", flush=True)
+    if len(ids) > model.config.seq_len:
+        print(f"the prompt's {len(ids)} tokens are cut to its last {model.config.seq_len}, the training length",
+              file=sys.stderr)
     generator = torch.Generator().manual_seed(args.seed)
-    for token in model.generate([encoding.eot_token] + ids, args.tokens, args.temperature, args.top_k, generator):
-        if token == encoding.eot_token:
-            break
-        print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    for k in range(args.n):
+        print("---\n" * (k > 0) + prompt, end="", flush=True)
+        for token in model.generate([encoding.eot_token] + ids, args.tokens, args.temperature, args.top_k, generator):
+            if token == encoding.eot_token:
+                break
+            print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
+        print(decoder.decode(b"", final=True), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 import argparse
 import base64
 import http.server
+import importlib.util
+import io
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +100,9 @@ def test_a_bag_of_one_is_the_plain_embedding_bit_for_bit():
 
 
 def test_the_bag_average_is_taken_in_float32():
-    table = torch.tensor([[256.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)     # bfloat16 sums 256 + 1 to 256
-    assert bag_average(table, torch.arange(4).view(1, 1, 4)).item() == torch.tensor(259 / 4).bfloat16().item()
+    table = torch.tensor([[256.0], [1.0], [0.0]], dtype=torch.bfloat16)         # whose sum bfloat16 rounds to 256
+    average = bag_average(table, torch.tensor([[[0, 1, 2, 2, 2]]]))
+    assert average.dtype == torch.bfloat16 and average.item() == torch.tensor(257 / 5).bfloat16().item() != 256 / 5
 
 
 def test_multi_hot_cross_entropy_is_the_mean_of_s_cross_entropies_in_value_and_gradient():
@@ -200,7 +205,6 @@ def test_superposition_adds_no_parameter_and_no_buffer():
     before = {name: value.shape for name, value in model.state_dict().items()}
     model(*data.bags(torch.randint(0, VOCAB, (1, 17 * 6)), 6, 6)).backward()
     assert {name: value.shape for name, value in model.state_dict().items()} == before
-    assert model(torch.randint(0, VOCAB, (1, 16, 1))).shape == (1, 16, 256)    # 250 tokens, padded to 64s
 
 
 # The model
@@ -236,6 +240,12 @@ def test_presets_have_the_size_that_the_table_says(preset, millions):
         model = GPT(models.PRESETS[preset])
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05 if preset == "3b" else 0.005)
     assert train_tst.RECIPES[preset]["batch_size"] % 8 == 0
+
+
+def test_the_vocabulary_is_padded_to_a_multiple_of_64():
+    for vocab_size, rows in ((1, 64), (64, 64), (130, 192)):
+        model = GPT(Config(1, 8, 1, 1, 8, vocab_size=vocab_size))
+        assert model.embedding.weight.shape == model.head.weight.shape == (rows, 8)
 
 
 def test_initial_weights():
@@ -284,6 +294,9 @@ def test_no_token_is_read_twice_in_either_phase_until_the_data_are_used_up():
     seen = np.concatenate([batches.rows(step, 0, 7)[:, :13 * (4 if step < 14 else 1)].flatten() for step in range(62)])
     assert len(seen) == len(set(seen.tolist())) == 7 * 13 * (14 * 4 + 48)
     assert all(batches.epoch(step) == 0 for step in range(62))
+    again = data.Batches(Counting(), [(2000, 1, 1)], batch_size=1, seq_len=13, seed=3)
+    assert [again.epoch(step) for step in (768, 769, 1537, 1538)] == [0, 1, 1, 2]       # there are 769 windows
+    assert len({int(again.rows(step, 0, 1)[0, 0]) for step in range(769)}) == 769
 
 
 def test_the_rows_of_a_batch_are_spread_over_the_whole_stretch():
@@ -583,7 +596,7 @@ def shard(path, tokens=range(1000), magic=20240520, version=1, count=None, cut=N
 @pytest.mark.parametrize("broken, says", [
     (dict(cut=0), "not an llm.c shard"), (dict(cut=1500), "truncated"), (dict(count=1001), "truncated"),
     (dict(magic=7), "not an llm.c shard"), (dict(version=7), "not an llm.c shard"), (dict(tokens=[]), "promises 0 tokens"),
-    (dict(count=-1), "truncated"), (dict(tokens=2000 * [60_000]), "beyond the vocabulary")])
+    (dict(count=-1), "truncated"), (dict(tokens=1000 * [0] + [60_000] + 3000 * [0]), "beyond the vocabulary")])
 def test_bad_shards_end_in_one_clear_line(tmp_path, capsys, broken, says):
     shard(tmp_path / "x_train_0.bin", np.arange(20_000) % 50_000, **{k: v for k, v in broken.items() if k != "tokens"})
     if "tokens" in broken:
@@ -608,7 +621,8 @@ def test_resuming_with_other_flags_other_data_or_no_checkpoint_is_refused(corpus
     other = shutil.copytree(corpus, tmp_path / "other")
     (other / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": VOCAB, "hash": "2"}))
     moved = shutil.copytree(run, tmp_path / "moved")
-    checkpoint = torch.load(moved / "ckpt.pt", weights_only=True)
+    assert "the run is complete" in refused("--resume", moved)
+    checkpoint = torch.load(moved / "ckpt_switch.pt", weights_only=True)
     checkpoint["args"]["data"] = str(other)
     torch.save(checkpoint, moved / "ckpt.pt")
     assert "no longer holds the data" in refused("--resume", moved)
@@ -634,6 +648,285 @@ def test_a_truncated_checkpoint_and_a_hostile_pickle_are_refused_and_run_nothing
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and name in err
     assert not (tmp_path / "owned").exists()
+
+
+# The README
+
+def test_the_example_for_your_own_training_loop_trains():
+    example = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    embed, head = torch.nn.Embedding(VOCAB, 16), torch.nn.Linear(16, VOCAB)
+    rows = {s: torch.randint(0, VOCAB, (2, 6 * s)) for s in (1, 6)}
+    read = []
+    space = dict(model=head, embed=embed, steps=10, B=2, l=5, next_rows=lambda B, n: (read.append(n), rows[n // 6])[1],
+                 optimizer=torch.optim.SGD([*embed.parameters(), *head.parameters()], lr=0.5))
+    inputs, targets = data.bags(rows[6], 6, 6)
+    ours = multi_hot_cross_entropy(head(bag_average(embed.weight, inputs)), targets)
+    exec(example.split("for step")[0], space)
+    torch.testing.assert_close(space["superposed_loss"](head, embed, rows[6], 6), ours)
+    exec(example, space)
+    assert read == 3 * [36] + 7 * [6] and space["loss"] < F.cross_entropy(torch.zeros(1, VOCAB), torch.tensor([0]))
+# Export
+
+def needs(*packages):
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"without {', '.join(missing)}: pip install "
+                              "transformers safetensors 'lm-eval[hf]'")
+
+
+TRANSFORMERS = ("transformers", "safetensors")
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"   # as in tiktoken
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+
+@pytest.fixture(scope="session")
+def texts():
+    return [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.py"))]
+
+
+def make_encoding(texts, pattern, first=range(256), **special):
+    """Ranks of 1,000 tokens from texts, the bytes in the order of `first`; end-of-text has the id 1,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PATTERN", pattern)
+        merged = [token for token in data.train_bpe(texts, 1000) if len(token) > 1]
+    ranks = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in first), *merged])}
+    return tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={data.END_OF_TEXT: 1000, **special})
+
+
+def save_run(folder, config, encoding=None):
+    """A run's folder without a run: a GPT with random weights, large ones that make its logits spread."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5) if p.ndim == 2 else p.mul_(1 + torch.rand_like(p))
+    folder.mkdir()
+    torch.save({"model": model.state_dict(), "optimizer": {}, "step": 1, "seconds": 0.0, "args": {},
+                "config": vars(config), "data": {"tokenizer": "nobody's"}}, folder / "ckpt.pt")
+    if encoding:
+        data.save_encoding(encoding, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(texts, tmp_path_factory):
+    """A run of the tiny preset with a vocabulary like the built-in one, and its export."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = replace(models.PRESETS["tiny"], vocab_size=1001, seq_len=64)
+    save_run(folder / "run", config, make_encoding(texts, data.PATTERN))
+    models.main([str(folder / "run"), "--export", str(folder / "hf")])
+    return folder
+
+
+@needs(*TRANSFORMERS)
+@pytest.mark.parametrize("preset", ["tiny", "270m"])
+def test_the_export_is_a_llama_with_our_logits(preset, tiny, texts, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+    folder = tiny
+    if preset == "270m":
+        folder = tmp_path
+        save_run(folder / "run", replace(models.PRESETS["270m"], n_layer=2, vocab_size=1001))
+        models.main([str(folder / "run"), "--export", str(folder / "hf")])
+        assert "no tokenizer" in capsys.readouterr().err
+    ours, _ = models.load_model(folder / "run")
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.dtype == torch.float32
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters()) - (
+        2 * 23 * ours.config.n_embd)                                            # 1,001 rows were padded to 1,024
+    real = torch.tensor(data.load_encoding(tiny / "run", None).encode_ordinary(texts[0])[:ours.config.seq_len])
+    for length in (1, 2, 33, ours.config.seq_len):
+        for ids in (torch.randint(0, 1001, (length,)), real[:length]):
+            with torch.no_grad():
+                difference = ours(ids.view(1, -1, 1))[..., :1001] - theirs(ids.view(1, -1)).logits
+            assert difference.abs().max() < 1e-4, length
+
+
+@needs(*TRANSFORMERS)
+def test_the_exports_greedy_continuations_are_ours(tiny):
+    from transformers import AutoModelForCausalLM
+    ours, _ = models.load_model(tiny / "run")
+    theirs = AutoModelForCausalLM.from_pretrained(tiny / "hf")
+    assert theirs.generation_config.eos_token_id == 1000
+    for ids in torch.randint(0, 1000, (5, 20)):
+        expected = list(ours.generate(ids.tolist(), 40, temperature=0))
+        continued = theirs.generate(ids[None], max_new_tokens=40, do_sample=False, eos_token_id=-1)[0, 20:].tolist()
+        assert continued == expected and len(set(expected)) > 10
+
+
+def random_text(texts, rng):
+    """Unicode of every plane, whitespace runs, digits, code and special tokens in a row."""
+    pick = lambda characters: "".join(rng.choices(characters, k=rng.randrange(20)))
+    code = rng.choice(texts)[rng.randrange(9000):][:rng.randrange(300)]
+    anything = "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x20000)])) for _ in range(9))
+    return "".join(rng.sample([code, anything, pick(" \t\n\r\v\f\x85\xa0\u2003\u2028"), pick("0123456789٣²Ⅷ"),
+                               pick("aeinst'’LlVvRrSs "), pick("ßİſé́日本한🇩🇪👨\u200d👩"), data.END_OF_TEXT,
+                               "<|endof", "<|a|>"], k=rng.randrange(1, 10)))
+
+
+@needs(*TRANSFORMERS)
+@pytest.mark.parametrize("kind", ["built-in", "gpt2"])
+def test_the_exports_tokenizer_gives_the_same_ids(kind, tiny, texts, tmp_path):
+    from transformers import AutoTokenizer
+    folder, encoding = tiny / "hf", data.load_encoding(tiny / "run", None)
+    if kind == "gpt2":              # its bytes stand in another order, and here its special tokens leave a gap
+        folder, order = tmp_path / "hf", [*range(33, 127), *range(161, 173), *range(174, 256)]
+        order += sorted({*range(256)} - {*order})
+        encoding = make_encoding(texts, GPT2_PATTERN, order, **{"<|a|>": 1010})
+        save_run(tmp_path / "run", replace(SMALL, vocab_size=1011), encoding)
+        models.main([str(tmp_path / "run"), "--export", str(folder)])
+    tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(0)
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == 1000
+    assert set(tokenizer("def")) == {"input_ids", "attention_mask"}             # what a Llama takes
+    for text in [*texts, *(random_text(texts, rng) for _ in range(500))]:
+        ids = encoding.encode(text, allowed_special="all")
+        assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
+
+
+@needs(*TRANSFORMERS)
+@pytest.mark.parametrize("pattern", [r"\p{N}{1,2}+|\P{N}+", r"(?P<a>.)"])      # a possessive {1,2} is tiktoken's alone
+def test_a_tokenizer_that_has_no_exact_counterpart_is_left_out(pattern, tiny, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+    save_run(tmp_path / "run", replace(SMALL, vocab_size=1001), tiktoken.Encoding(
+        "odd", pat_str=pattern, special_tokens={data.END_OF_TEXT: 1000},
+        mergeable_ranks=data.load_encoding(tiny / "run", None)._mergeable_ranks))
+    models.main([str(tmp_path / "run"), "--export", str(tmp_path / "hf")])
+    assert "no tokenizer" in capsys.readouterr().err
+    assert not list((tmp_path / "hf").glob("tokenizer*"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.eos_token_id == 1000
+
+
+@needs(*TRANSFORMERS)
+def test_an_export_is_whole_or_absent(tiny, tmp_path, monkeypatch, capsys):
+    def refused(folder):
+        with pytest.raises(SystemExit) as stop:
+            models.main([str(tiny / "run"), "--export", str(folder)])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1
+        return err
+
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    for taken in ("taken", "taken/file"):
+        assert f"{taken} holds something already" in refused(tmp_path / taken)
+    assert "cannot write there" in refused(tmp_path / "taken" / "file" / "hf")
+    monkeypatch.setattr("safetensors.torch.save_file", lambda weights, path, metadata: fill_the_disk(path))
+    assert "No space left" in refused(tmp_path / "hf")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "pip install transformers safetensors" in refused(tmp_path / "hf")
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "file"]
+    monkeypatch.undo()
+    (tmp_path / "empty").mkdir()
+    models.main([str(tiny / "run"), "--export", str(tmp_path / "empty")])
+    assert (tmp_path / "empty" / "tokenizer.json").exists()
+
+
+def fill_the_disk(path):
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+@needs(*TRANSFORMERS, "lm_eval", "accelerate")
+def test_the_lm_evaluation_harness_measures_our_log_likelihoods(tiny, tmp_path):
+    questions = [{"question": f"def f{i}(x):\n    return", "choices": [" x", " self.model", " None"], "label": i % 3}
+                 for i in range(4)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "local.yaml").write_text(json.dumps({                           # JSON is YAML
+        "task": "local", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": "label",
+        "doc_to_choice": "{{choices}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}]}))
+    status, out, err = script(
+        "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tiny / 'hf'},dtype=float32", "--device", "cpu",
+        "--tasks", "local", "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples",
+        HF_HOME=str(tmp_path / "cache"))
+    assert status == 0, err
+    model, encoding = models.load_model(tiny / "run")
+    (samples,) = (tmp_path / "out").rglob("samples_local_*.jsonl")
+    right = 0
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        measured = [float(likelihood) for (likelihood, _), in sample["resps"]]
+        context = encoding.encode_ordinary(sample["doc"]["question"])
+        for choice, likelihood in zip(sample["doc"]["choices"], measured, strict=True):
+            ids = encoding.encode_ordinary(sample["doc"]["question"] + choice)
+            with torch.no_grad():
+                steps = model(torch.tensor(ids[:-1]).view(1, -1, 1))[0, :, :1001].log_softmax(-1)
+            ours = sum(steps[k - 1, ids[k]].item() for k in range(len(context), len(ids)))
+            assert len(ids) > len(context) and likelihood == pytest.approx(ours, abs=1e-4)
+        right += max(range(3), key=measured.__getitem__) == sample["doc"]["label"]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"]["local"]["acc,none"] == right / 4
+
+
+# Sampling
+
+def sampled(capsys, run, *flags):
+    """What model.py prints, .out and .err."""
+    models.main([str(run), *flags])
+    return capsys.readouterr()
+
+
+def test_a_long_prompt_is_cut_at_the_left_with_a_line_that_says_so(tmp_path, capsys):
+    run = save_run(tmp_path / "run", replace(SMALL, vocab_size=129), tiktoken.Encoding(
+        "ascii", pat_str=".", special_tokens={data.END_OF_TEXT: 128},
+        mergeable_ranks={bytes([i]): i for i in range(128)}))
+    flags = ["--tokens", "12", "--temperature", "0"]
+    long = sampled(capsys, run, "--prompt", "zyxwvutsrq" + "abcdefghijklmnop", *flags)
+    exact = sampled(capsys, run, "--prompt", "abcdefghijklmnop", *flags)        # 16 tokens, the training length
+    assert long.out == "zyxwvutsrq" + exact.out and exact.err == ""
+    assert "26 tokens" in long.err and "last 16" in long.err and long.err.count("\n") == 1
+
+
+def test_samples_come_one_after_another_with_a_line_between(run, capsys):
+    flags = ["--prompt", "ab", "--tokens", "30", "--seed", "1", "--device", "cpu"]
+    one, three = sampled(capsys, run, *flags).out, sampled(capsys, run, *flags, "--n", "3").out
+    samples = three.removesuffix("\n").split("\n---\n")
+    assert samples[0] + "\n" == one and len(samples) == len(set(samples)) == 3
+    assert all(sample.startswith("ab") for sample in samples)
+
+
+def test_temperature_0_is_greedy_whatever_the_seed(run, capsys):
+    choices = (["--temperature", "0"], ["--temperature", "0", "--seed", "7"], ["--temperature", "1e-40"],
+               ["--top-k", "1"])
+    texts = {sampled(capsys, run, "--prompt", "ab", "--tokens", "30", *choice).out for choice in choices}
+    model, encoding = models.load_model(run)
+    ids = list(model.generate([VOCAB - 1, *encoding.encode_ordinary("ab")], 30, temperature=0))
+    assert texts == {"ab" + encoding.decode(ids, errors="replace") + "\n"}
+
+
+def test_text_streams_as_it_comes_and_stops_at_end_of_text(run, monkeypatch):
+    streamed = []
+
+    def generate(*args):            # a euro sign in three tokens, a byte that no text has, and half a letter
+        for token in (0xE2, 0x82, 0xAC, 0xF8, 97, 0xC3, VOCAB - 1, 98):
+            streamed.append(sys.stdout.buffer.getvalue().decode())
+            yield token
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    models.main([str(run), "--prompt", "x"])
+    assert streamed == ["x", "x", "x", "x€", "x€\ufffd", "x€\ufffda", "x€\ufffda"]
+    assert sys.stdout.buffer.getvalue().decode() == "x€\ufffda\ufffd\n"
+
+
+def test_no_byte_crashes_a_terminal_of_any_encoding(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xc3\xa9\n"), encoding="ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    models.main([str(run), "--prompt", "-", "--tokens", "100", "--temperature", "50", "--top-k", "1000"])
+    printed = sys.stdout.buffer.getvalue()
+    assert printed.startswith(b"caf? ?\n") and max(printed) < 128 and printed.count(b"?") > 20
+
+
+@pytest.mark.parametrize("bad, names", [
+    (["--tokens", "-1"], "--tokens -1"), (["--tokens", "many"], "--tokens"), (["--top-k", "0"], "--top-k 0"),
+    (["--n", "0"], "--n 0"), (["--temperature", "nan"], "--temperature nan"),
+    (["--temperature", "-1"], "--temperature -1"), (["--seed", "-1"], "--seed -1"),
+    (["--seed", str(10 ** 30)], "--seed"), (["--device", "cuda:99"], "--device cuda:99"), (["--device", "toaster"], "--device toaster"),
+    (["--device", "meta"], "--device meta"), (["--nonsense"], "--nonsense")])
+def test_bad_flags_of_sampling_end_in_one_clear_line(run, capsys, bad, names):
+    with pytest.raises(SystemExit) as stop:
+        models.main([str(run), *bad])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1 and names in printed.err
 
 
 # Data preparation
@@ -753,27 +1046,23 @@ def test_shards_of_different_datasets_are_never_mixed(fineweb, tmp_path, capsys)
     assert len(fineweb.asked) == 4
 
 
-def test_a_run_says_how_many_shards_of_fineweb_it_needs(tmp_path, monkeypatch):
-    def said(*names, tokens=100_000_000, **repo):
+def test_a_run_says_how_many_shards_of_fineweb_it_needs():
+    def said(name, shards, *more):
         class Tokens(Counting):
-            files = [tmp_path / name for name in names]
-            ends = [tokens]
-            def __len__(self): return tokens * len(names)
+            files = shards * [Path(name)]
+            def __len__(self): return 100_000_000 * shards
 
-        args, _ = train_tst.parse(["--data", str(tmp_path), "--model", "270m", "--device", "cpu", "--s", *repo.pop("s", "6")])
+        args, _ = train_tst.parse(["--data", "data/fineweb", "--model", "270m", "--device", "cpu", *more])
         switch = round(args.r * args.steps)
         batches = data.Batches(Tokens(), [(switch, args.s, args.s), (args.steps - switch, 1, 1)], 512, 1024, 0)
-        return train_tst.describe(args, switch, Tokens(), batches, None, repo)
+        return train_tst.describe(args, switch, Tokens(), batches, None)
 
-    ten = [f"fineweb_train_{k:06d}.bin" for k in range(10)]
-    assert f"needs 263 shards of FineWeb, and 10 of 1030 are there: python data.py fineweb --shards 263 --out {tmp_path}-100B" \
-        in said(*ten) and "--steps 762 stays within one" in said(*ten)
-    assert f"--shards 263 --out {tmp_path}\n" in said(*ten, repo="kjj0/fineweb100B-gpt2")
-    assert f"needs 105 shards of FineWeb, and 10 of 1030 are there: python data.py fineweb --shards 105 --out {tmp_path}-100B" \
-        in said(*ten, s="1")
-    assert "263 shards of FineWeb, and 1 of 99 are there: python data.py fineweb --shards 99 --edu" in said("finewebedu_train_1.bin")
-    assert "shards" not in said("other_train_1.bin").replace("own shards", "")
-    assert "fineweb --shards" not in said(*(f"fineweb_train_{k:06d}.bin" for k in range(263)))
+    assert "python data.py fineweb --shards 263\n" in said("fineweb_train_000001.bin", 10)
+    assert "--steps 762 stays within one" in said("fineweb_train_000001.bin", 10)
+    assert "python data.py fineweb --shards 105\n" in said("fineweb_train_000001.bin", 10, "--s", "1")
+    assert "python data.py fineweb --shards 263 --edu\n" in said("finewebedu_train_1.bin", 1)
+    assert "--shards" not in said("other_train_1.bin", 10)
+    assert "--shards" not in said("fineweb_train_000001.bin", 263)
 
 
 @pytest.mark.parametrize("magic, version, dtype, top", [(20240520, 1, "<u2", 50_000), (20240801, 7, "<u4", 128_000)])

@@ -37,8 +37,8 @@ from model import GPT, PRESETS, bag_weights, load_checkpoint
 LARGE = dict(steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1,
              eval_every=500, save_every=500, val_tokens=10_000_000)
 RECIPES = {
-    "tiny": dict(steps=6000, batch_size=16, seq_len=64, warmup_steps=200, decay_frac=0.5, lr=4e-3, micro=64,
-                 eval_every=500, save_every=500, val_tokens=200_000),
+    "tiny": dict(steps=10_000, batch_size=8, seq_len=128, warmup_steps=200, decay_frac=0.4, lr=3e-3, micro=64,
+                 eval_every=1000, save_every=1000, val_tokens=200_000),
     "270m": dict(LARGE, lr=1e-3, micro=16),
     "600m": dict(LARGE, lr=5e-4, micro=8),
     "3b": dict(LARGE, lr=1e-4, micro=4),
@@ -90,7 +90,7 @@ def train(args, checkpoint=None):
     switch_step = round(args.r * args.steps) if max(args.s_in, args.s_out) > 1 else 0
     batches = data.Batches(train_tokens, [(switch_step, args.s_in, args.s_out), (args.steps - switch_step, 1, 1)],
                            args.batch_size, args.seq_len, args.seed)
-    say(describe(args, switch_step, train_tokens, batches, encoding, meta))
+    say(describe(args, switch_step, train_tokens, batches, encoding))
     share, micro = args.batch_size // world, micro_batch_size(args)
     accumulation = share // micro
 
@@ -284,21 +284,21 @@ def check(args):
         fail(f"--device {args.device} is not on this machine: leave it out to take what is")
     if device.type == "cuda" and world > 1 and int(os.environ["LOCAL_RANK"]) >= there:
         fail(f"more processes than the {there} GPUs of this machine: lower torchrun's --nproc_per_node")
-    if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
-        fail(f"--n-head {args.n_head} does not divide --n-embd {args.n_embd} into heads of even width")
-    if args.n_head % args.n_kv_head:
-        fail(f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}")
-    if args.batch_size % world:
-        fail(f"--batch-size {args.batch_size} does not divide by the {world} processes")
-    if args.micro_batch_size and args.batch_size // world % args.micro_batch_size:
-        fail(f"--micro-batch-size {args.micro_batch_size} does not divide the {args.batch_size // world} sequences "
-             f"of a process (--batch-size {args.batch_size} over {world})")
-    decay_steps = round(args.decay_frac * args.steps)
-    if args.warmup_steps + decay_steps > args.steps:
-        fail(f"--warmup-steps {args.warmup_steps} and --decay-frac {args.decay_frac} ({decay_steps} steps) are longer "
-             f"than --steps {args.steps}")
-    if not args.resume and args.out and any((Path(args.out) / name).exists() for name in ("ckpt.pt", "metrics.jsonl")):
-        fail(f"--out {args.out} holds a run: continue it with --resume {args.out}, or name another folder")
+    each, decay_steps = args.batch_size // world, round(args.decay_frac * args.steps)
+    taken = args.out and not args.resume and any((Path(args.out) / name).exists() for name in ("ckpt.pt", "metrics.jsonl"))
+    for wrong, message in (
+        (args.n_embd % args.n_head or args.n_embd // args.n_head % 2,
+         f"--n-head {args.n_head} does not divide --n-embd {args.n_embd} into heads of even width"),
+        (args.n_head % args.n_kv_head, f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}"),
+        (args.batch_size % world, f"--batch-size {args.batch_size} does not divide by the {world} processes"),
+        (args.micro_batch_size and each % args.micro_batch_size,
+         f"--micro-batch-size {args.micro_batch_size} does not divide the {each} sequences of a process"),
+        (args.warmup_steps + decay_steps > args.steps, f"--warmup-steps {args.warmup_steps} and --decay-frac "
+         f"{args.decay_frac} ({decay_steps} steps) are longer than --steps {args.steps}"),
+        (taken, f"--out {args.out} holds a run: continue it with --resume {args.out}, or name another folder"),
+    ):
+        if wrong:
+            fail(message)
 
 
 def micro_batch_size(args):
@@ -325,34 +325,25 @@ def learning_rate(args, step):
     return args.lr * min(1.0, (step + 1) / warmup, (args.steps - step) / decay)
 
 
-def describe(args, switch_step, tokens, batches, encoding, meta):
+def describe(args, switch_step, tokens, batches, encoding):
     """What the run will read, what it does without, and what to type for something else."""
     positions = args.batch_size * args.seq_len
-    lines = [f"{args.model} on {args.data}: of {len(tokens):,} training tokens it reads "
-             f"{switch_step * positions * args.s_in:,} in the superposition phase and "
-             f"{(args.steps - switch_step) * positions:,} in the recovery phase, {batches.epochs:.2f} epochs"]
-    if batches.epochs > 1:
-        lines.append("above one epoch tokens repeat, and TST lives on spare data: --steps "
-                     f"{int(args.steps / batches.epochs)} stays within one")
-        stem = tokens.files[0].name.split("_")[0]
-        if stem in data.FINEWEB:
-            there, most = len(tokens.files), max(data.FINEWEB[stem])
-            needs = math.ceil(batches.epochs * len(tokens) / tokens.ends[0])
-            more = {"shards": min(needs, most), "edu": stem == "finewebedu" or None, "out": args.data}
-            if data.fineweb_repo(stem, more["shards"]) != meta.get("repo", data.fineweb_repo(stem, 1)):
-                more["out"] += "-100B"                          # whose first 103 shards are others
-            lines.append(f"it needs {needs} shards of FineWeb, and {there} of {most} are there: python data.py fineweb "
-                         + as_flags(more))
     builtin = Path(args.data) == data.PYTHON_CORPUS
-    lines.append("for your own shards: python train_tst.py --model 270m --data FOLDER" if builtin else
-                 f"for the built-in corpus: python train_tst.py --data {data.PYTHON_CORPUS}")
-    if not (Path(args.data) / "meta.json").exists():
-        lines.append(f"{args.data} does not say which tokenizer it is of: GPT-2's is assumed")
-    if encoding is None:
-        lines.append("its tokenizer is neither here nor to be downloaded: no bits per byte, no sample")
-    if args.device.startswith("cuda") and not has_bfloat16():
-        lines.append(f"this GPU has no native bfloat16, so the products are in {args.dtype}")
-    return "\n".join(lines)
+    lines = (
+        (True, f"{args.model} on {args.data}: of {len(tokens):,} training tokens it reads "
+         f"{switch_step * positions * args.s_in:,} in the superposition phase and "
+         f"{(args.steps - switch_step) * positions:,} in the recovery phase, {batches.epochs:.2f} epochs"),
+        (batches.epochs > 1, "above one epoch tokens repeat, and TST lives on spare data: --steps "
+         f"{int(args.steps / batches.epochs)} stays within one"),
+        (batches.epochs > 1 and "fineweb" in tokens.files[0].name, "or get all it needs: python data.py fineweb --shards "
+         f"{math.ceil(batches.epochs * len(tokens) / data.SHARD_TOKENS)}" + " --edu" * ("edu" in tokens.files[0].name)),
+        (builtin, "for your own shards: python train_tst.py --model 270m --data FOLDER"),
+        (not builtin, f"for the built-in corpus: python train_tst.py --data {data.PYTHON_CORPUS}"),
+        (not (Path(args.data) / "meta.json").exists(), f"{args.data} names no tokenizer: GPT-2's is assumed"),
+        (encoding is None, "its tokenizer is neither here nor to be downloaded: no bits per byte, no sample"),
+        (args.device.startswith("cuda") and not has_bfloat16(), f"no native bfloat16 here: {args.dtype} is in force"),
+    )
+    return "\n".join(line for true, line in lines if true)
 
 
 def has_bfloat16():
@@ -416,14 +407,14 @@ def make_folder(args, meta, encoding):
     """Create the run's folder with all that sampling and resuming need beside the checkpoint."""
     bag = args.s_in if args.s_in == args.s_out else f"{args.s_in}to{args.s_out}"
     name = f"runs/{args.model}-s{bag}-r{args.r:g}-seed{args.seed}"
-    for k in itertools.count(1):
-        out = Path(args.out or (name if k == 1 else f"{name}-{k}"))
+    for out in [args.out] if args.out else (name + f"-{k}" * (k > 1) for k in itertools.count(1)):
+        out = Path(out)
         try:
             out.mkdir(parents=True, exist_ok=bool(args.out))
             break
         except FileExistsError:
             if args.out:
-                fail(f"--out {args.out} is a file; name a folder")
+                fail(f"--out {out} is a file; name a folder")
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     (out / "meta.json").write_text(json.dumps(meta, indent=1))
     if encoding:
@@ -480,7 +471,7 @@ def number(kind, low, high=math.inf, above=False):
         value = kind(text)
         if not low <= value <= high or math.isinf(value) or above and value == low:
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}"
-                                             + (f" and at most {high}" if high < math.inf else ""))
+                                             + f" and at most {high}" * (high < math.inf))
         return value
 
     parse_number.__name__ = kind.__name__       # for argparse's "invalid int value: 'x'"
@@ -488,45 +479,46 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def make_parser():
+    count, whole, positive, share = number(int, 1), number(int, 0), number(float, 0, above=True), number(float, 0, 1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = fail                         # one line, without the usage
-    add, count, positive = parser.add_argument, number(int, 1), number(float, 0, above=True)
 
-    def add_preset(flag, kind, text):           # a flag whose default is the preset's
-        name = flag[2:].replace("-", "_")
-        values = [f"{RECIPES[preset].get(name) or getattr(PRESETS[preset], name):g} for {preset}" for preset in PRESETS]
-        add(flag, type=kind, help=f"{text} (default: {', '.join(values)})")
+    def per_preset(name):
+        values = {preset: RECIPES[preset].get(name) or getattr(PRESETS[preset], name) for preset in PRESETS}
+        return ", ".join(f"{value:g} for {preset}" for preset, value in values.items())
 
-    add("--s", type=count, help="bag size of the superposition phase (default: 6; 1 is the baseline)")
-    add("--r", type=number(float, 0, 1), help="fraction of the steps in the superposition phase (default: 0.3)")
-    add("--s-in", type=count, help="tokens averaged into one input (default: s)")
-    add("--s-out", type=count, help="tokens that one output predicts (default: s)")
-    add("--weighting", choices=("uniform", "power", "exp", "first"),
-        help="of the tokens of a target bag: 1, 1/i, exp(-i), the first alone (default: uniform)")
-    add("--model", choices=tuple(PRESETS), help="preset (default: tiny on the built-in corpus, else 270m)")
-    for name, text in zip(SHAPE_FLAGS, ("layers", "width", "query heads", "key-value heads", "width of the SwiGLU")):
-        add_preset("--" + name.replace("_", "-"), count, text)
-    add("--data", help=f"folder of token shards; {data.PYTHON_CORPUS} is the built-in corpus (default: data/fineweb "
-        "where that and an accelerator are there, else the built-in corpus)")
-    add_preset("--steps", count, "optimizer steps, both phases together")
-    add_preset("--batch-size", count, "sequences per step over all processes")
-    add("--micro-batch-size", type=count, help="sequences a process computes at a time (default: the largest divisor of "
-        "its share up to " + ", ".join(f"{RECIPES[preset]['micro']} for {preset}" for preset in PRESETS) + ")")
-    add_preset("--seq-len", count, "l, the (s-)tokens of a sequence")
-    add_preset("--lr", positive, "peak learning rate; the large presets' are the paper's, scaled down for a batch a "
-               "quarter of its size, and not tuned here")
-    add_preset("--warmup-steps", number(int, 0), "steps of linear warmup; unless given, at most a tenth of the run")
-    add_preset("--decay-frac", number(float, 0, 1), "last fraction of the steps, with linear decay to 0")
-    add("--seed", type=number(int, 0), help="of initial weights and data order (default: 0)")
-    add("--device", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the matrix products; weights and optimizer stay float32 "
-        "(default: bfloat16 on a GPU that has it, else float32)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    add("--out", help="the run's folder (default: runs/MODEL-sS-rR-seedSEED, with -2, -3 appended when taken)")
-    add("--resume", metavar="RUN", help="continue the run in this folder, with the flags stored there")
-    add_preset("--eval-every", count, "steps between evaluations, each of which also saves")
-    add_preset("--save-every", count, "steps between checkpoints")
+    for name, kind, text, default in (
+        ("s", count, "bag size of the superposition phase; 1 is the baseline", "6"),
+        ("r", share, "fraction of the steps in the superposition phase", "0.3"),
+        ("s-in", count, "tokens averaged into one input", "s"),
+        ("s-out", count, "tokens that one output predicts", "s"),
+        ("weighting", ("uniform", "power", "exp", "first"), "of a target bag's tokens: 1, 1/i, exp(-i), first alone", "uniform"),
+        ("model", tuple(PRESETS), "preset", "tiny on the built-in corpus, else 270m"),
+        ("n-layer", count, "layers", None), ("n-embd", count, "width", None), ("n-head", count, "query heads", None),
+        ("n-kv-head", count, "key-value heads", None), ("n-hidden", count, "width of the SwiGLU", None),
+        ("data", str, f"folder of token shards; {data.PYTHON_CORPUS} is the built-in corpus",
+         "data/fineweb where that and an accelerator are there, else the built-in corpus"),
+        ("steps", count, "optimizer steps, both phases together", None),
+        ("batch-size", count, "sequences per step over all processes", None),
+        ("micro-batch-size", count, "sequences a process computes at a time",
+         "the largest divisor of its share up to " + per_preset("micro")),
+        ("seq-len", count, "l, the (s-)tokens of a sequence", None),
+        ("lr", positive, "peak learning rate; the large ones, the paper's scaled down to the batch, are not tuned here", None),
+        ("warmup-steps", whole, "steps of linear warmup; unless given, at most a tenth of the run", None),
+        ("decay-frac", share, "last fraction of the steps, with linear decay to 0", None),
+        ("seed", whole, "of initial weights and data order", "0"),
+        ("device", str, "cuda, cuda:1, mps or cpu", "the first of these that is there"),
+        ("dtype", ("bfloat16", "float32"), "of the matrix products; weights and optimizer are float32",
+         "bfloat16 on a GPU that has it, else float32"),
+        ("out", str, "the run's folder", "runs/MODEL-sS-rR-seedSEED, with -2, -3 appended when taken"),
+        ("resume", str, "continue the run in this folder, with the flags stored there", "a new run"),
+        ("eval-every", count, "steps between evaluations, each of which also saves", None),
+        ("save-every", count, "steps between checkpoints", None),
+    ):
+        choice = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(f"--{name}", **choice, help=f"{text} (default: {default or per_preset(name.replace('-', '_'))})")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
 
 
