@@ -653,7 +653,7 @@ def test_a_truncated_checkpoint_and_a_hostile_pickle_are_refused_and_run_nothing
 # The README
 
 def test_the_example_for_your_own_training_loop_trains():
-    example = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    example = re.search(r"```python\n(def superposed_loss.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1]
     embed, head = torch.nn.Embedding(VOCAB, 16), torch.nn.Linear(16, VOCAB)
     rows = {s: torch.randint(0, VOCAB, (2, 6 * s)) for s in (1, 6)}
     read = []
