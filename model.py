@@ -46,7 +46,7 @@ PRESETS = {
 
 
 def bag_average(table, bags):
-    """One latent s-token per bag: the mean of its token embeddings (paper, section 3).
+    """One latent s-token per bag: the mean of its token embeddings (paper: the superposition phase's input).
 
     table (V, d) float; bags (B, l, s) integer -> (B, l, d) in the table's dtype,
     averaged in float32 or better. At s = 1 it is the plain embedding, bit for bit.
@@ -55,7 +55,7 @@ def bag_average(table, bags):
 
 
 def multi_hot_cross_entropy(logits, targets, weights=None):
-    """Mean cross-entropy against every token of the target bag (paper, section 3).
+    """Mean cross-entropy against every token of the target bag (paper: MCE, its output).
 
     logits (..., V) float; targets (..., s) integer; weights (s,) summing to 1,
     uniform if None -> scalar of float32 or better, nats. A token that occurs twice counts
