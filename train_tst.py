@@ -46,6 +46,7 @@ RECIPES = {
 BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 SHAPE_FLAGS = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden")
+RUN_FILES = ("ckpt.pt", "metrics.jsonl")
 FREE_ON_RESUME = ("resume", "out", "device", "dtype", "compile", "micro_batch_size", "eval_every", "save_every")
 
 
@@ -119,7 +120,9 @@ def train(args, checkpoint=None):
         for block in model.blocks:                                      # by parts and in place: all blocks share one
             block.compile(dynamic=False)                                # graph, which the switch leaves as it is, and
         model.loss = torch.compile(model.loss, dynamic=False)           # the parameters keep their names
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
+    wrapped = model
+    if world > 1:
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # Validation, log, checkpoints
@@ -219,7 +222,7 @@ def train(args, checkpoint=None):
     say(f"{out}: validation loss {bits(entry)} after {entry['tokens']:,} tokens in {entry['seconds']:.0f} s "
         f"({time.time() - started:.0f} s with start-up); checkpoint {out}/ckpt.pt")
     other = {"s": 1} if switch_step else {"s": 6, "r": 0.3}
-    same = {name: value for name, value in args.given.items() if name not in ("s", "r", "s_in", "s_out", "out", "resume")}
+    same = {name: args.given[name] for name in args.given if name not in ("s", "r", "s_in", "s_out", "out", "resume")}
     say(f"{'the baseline' if switch_step else 'TST'}, to compare: python train_tst.py {as_flags({**other, **same})}")
     if rank == 0 and encoding:
         with torch.compiler.set_stance("force_eager"):                  # every length would compile anew
@@ -279,13 +282,14 @@ def check(args):
         device = torch.device(args.device)
     except RuntimeError:
         device = torch.device("meta")
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    there = counts.get(device.type, 0)
     if (device.index or 0) >= there:
         fail(f"--device {args.device} is not on this machine: leave it out to take what is")
     if device.type == "cuda" and world > 1 and int(os.environ["LOCAL_RANK"]) >= there:
         fail(f"more processes than the {there} GPUs of this machine: lower torchrun's --nproc_per_node")
     each, decay_steps = args.batch_size // world, round(args.decay_frac * args.steps)
-    taken = args.out and not args.resume and any((Path(args.out) / name).exists() for name in ("ckpt.pt", "metrics.jsonl"))
+    taken = args.out and not args.resume and any((Path(args.out) / name).exists() for name in RUN_FILES)
     for wrong, message in (
         (args.n_embd % args.n_head or args.n_embd // args.n_head % 2,
          f"--n-head {args.n_head} does not divide --n-embd {args.n_embd} into heads of even width"),
@@ -493,7 +497,7 @@ def make_parser():
         ("r", share, "fraction of the steps in the superposition phase", "0.3"),
         ("s-in", count, "tokens averaged into one input", "s"),
         ("s-out", count, "tokens that one output predicts", "s"),
-        ("weighting", ("uniform", "power", "exp", "first"), "of a target bag's tokens: 1, 1/i, exp(-i), first alone", "uniform"),
+        ("weighting", ("uniform", "power", "exp", "first"), "of a target's tokens: 1, 1/i, exp(-i), first alone", "uniform"),
         ("model", tuple(PRESETS), "preset", "tiny on the built-in corpus, else 270m"),
         ("n-layer", count, "layers", None), ("n-embd", count, "width", None), ("n-head", count, "query heads", None),
         ("n-kv-head", count, "key-value heads", None), ("n-hidden", count, "width of the SwiGLU", None),
@@ -504,7 +508,7 @@ def make_parser():
         ("micro-batch-size", count, "sequences a process computes at a time",
          "the largest divisor of its share up to " + per_preset("micro")),
         ("seq-len", count, "l, the (s-)tokens of a sequence", None),
-        ("lr", positive, "peak learning rate; the large ones, the paper's scaled down to the batch, are not tuned here", None),
+        ("lr", positive, "peak learning rate; the large ones, the paper's scaled to the batch, are not tuned here", None),
         ("warmup-steps", whole, "steps of linear warmup; unless given, at most a tenth of the run", None),
         ("decay-frac", share, "last fraction of the steps, with linear decay to 0", None),
         ("seed", whole, "of initial weights and data order", "0"),
@@ -517,7 +521,8 @@ def make_parser():
         ("save-every", count, "steps between checkpoints", None),
     ):
         choice = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        parser.add_argument(f"--{name}", **choice, help=f"{text} (default: {default or per_preset(name.replace('-', '_'))})")
+        default = default or per_preset(name.replace("-", "_"))
+        parser.add_argument(f"--{name}", **choice, help=f"{text} (default: {default})")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
 
