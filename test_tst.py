@@ -328,10 +328,12 @@ def test_validation_is_the_next_token_loss_in_nats_per_token_and_bits_per_byte(c
     _, val, _, encoding = data.load(corpus)
     model = GPT(SMALL)
     nats, bits = train_tst.validation(val, args, encoding, 0, 1, torch.device("cpu"))(model, torch.autocast("cpu", enabled=False))
-    tokens = torch.from_numpy(val.read(0, 9_985))                              # 10,000 tokens: 624 rows of 16 and a rest
-    logits = model(tokens[:-1].view(624, 16, 1)).flatten(0, 1)
-    assert nats == pytest.approx(F.cross_entropy(logits, tokens[1:]).item(), rel=1e-5)
-    bytes_ = (tokens[1:] != VOCAB - 1).sum().item()                             # one a token, none for end-of-text
+    starts = [i * (9_999 - 16) // 623 for i in range(624)]                      # 624 rows of 16 in 10,000 tokens
+    rows = torch.stack([torch.from_numpy(val.read(start, 17)) for start in starts])
+    assert starts[0] == 0 and starts[-1] + 17 == 10_000 and len(rows[:, 1:].unique()) == len(np.unique(val.read(1, 9_999)))
+    logits = model(rows[:, :-1].unsqueeze(2)).flatten(0, 1)
+    assert nats == pytest.approx(F.cross_entropy(logits, rows[:, 1:].flatten()).item(), rel=1e-5)
+    bytes_ = (rows[:, 1:] != VOCAB - 1).sum().item()                            # one a token, none for end-of-text
     assert bits == pytest.approx(nats * 9_984 / bytes_ / math.log(2), rel=1e-5)
 
 

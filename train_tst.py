@@ -372,26 +372,28 @@ def compiler_works(device, say):
 def validation(tokens, args, encoding, rank, world, device):
     """A function (model, autocast) -> ordinary next-token loss in nats per token, and bits per byte.
 
-    It reads the same tokens in every run, whatever s is: the split up to the preset's
-    cap, in rows of l, shared out over the ranks. End-of-text counts as no byte; without
-    an encoding the bits are None. SystemExit(2) if the split is shorter than a row.
+    It reads the same tokens in every run, whatever s is, in rows of l shared out over the
+    ranks: the whole split, or rows spread evenly over it up to the preset's cap. (The first
+    tokens alone would be a few dozen files.) End-of-text counts as no byte; without an
+    encoding the bits are None. SystemExit(2) if the split is shorter than a row.
     """
     l = args.seq_len
     n = (min(len(tokens), RECIPES[args.model]["val_tokens"]) - 1) // l
     if n < 1:
         fail(f"--data {args.data}: {len(tokens):,} validation tokens are too few for a row of --seq-len {l}")
-    mine, micro, size = range(rank, n, world), micro_batch_size(args), None
+    starts = [i * (len(tokens) - 1 - l) // max(1, n - 1) for i in range(n)]
+    mine, micro, size = starts[rank::world], micro_batch_size(args), None
     if encoding:
         lengths = np.zeros(tokens.vocab_size)
         for token, i in encoding._mergeable_ranks.items():
             lengths[i] = len(token)
-        size = lengths[tokens.read(1, n * l)].sum()
+        size = sum(lengths[tokens.read(start + 1, l)].sum() for start in starts)
 
     @torch.no_grad()
     def evaluate(model, autocast):
         total = torch.zeros((), dtype=torch.float64)
         for k in range(0, len(mine), micro):
-            rows = np.stack([tokens.read(i * l, l + 1) for i in mine[k:k + micro]])
+            rows = np.stack([tokens.read(start, l + 1) for start in mine[k:k + micro]])
             inputs, targets = data.bags(torch.from_numpy(rows).to(device), 1, 1)
             with autocast:
                 total += model(inputs, targets).item() * targets.numel()
