@@ -64,9 +64,9 @@ PATTERNS = {                            # of the tokenizers whose files hold byt
               r"|\s*[\r\n]+|\s+(?!\S)|\s+"}
 
 
-def fail(message, status=2):
-    """One line on standard error, and exit; of the processes on a machine, one speaks."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def fail(message, status=2, anywhere=False):
+    """One line on standard error, and exit; of the processes on a machine only the first speaks, unless anywhere."""
+    if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -212,7 +212,10 @@ def load(folder):
     if "hash" not in meta:              # of names, sizes and beginnings: the content can be tens of GB
         meta["hash"] = sha256(*(f"{file.name} {len(stream.shard(file))} ".encode() + stream.shard(file)[:4096].tobytes()
                                 for stream in streams for file in stream.files))
-    return *streams, meta, load_encoding(folder, meta["tokenizer"])
+    encoding = load_encoding(folder, meta["tokenizer"])
+    if encoding and encoding.n_vocab != meta["vocab_size"]:
+        fail(f"{folder / 'meta.json'}: vocab_size {meta['vocab_size']} is not the {encoding.n_vocab} of its tokenizer")
+    return *streams, meta, encoding
 
 
 def read_json(path, **fields):
@@ -245,8 +248,11 @@ def load_encoding(folder, name):
     """The tiktoken.Encoding in folder, or else the one tiktoken knows by name, or None if that needs a network."""
     if (folder / "encoding.json").exists():
         stored = read_json(folder / "encoding.json", name=str, pat_str=str, mergeable_ranks=dict, special_tokens=dict)
-        stored["mergeable_ranks"] = {base64.b64decode(t): rank for t, rank in stored["mergeable_ranks"].items()}
-        return tiktoken.Encoding(**stored)
+        try:
+            stored["mergeable_ranks"] = {base64.b64decode(t): rank for t, rank in stored["mergeable_ranks"].items()}
+            return tiktoken.Encoding(**stored)
+        except (ValueError, TypeError) as error:
+            fail(f"{folder / 'encoding.json'}: not a tokenizer ({error}); make it again, or restore it from a copy")
     try:
         return tiktoken.get_encoding(name)
     except Exception:                   # whatever the network raises: training can do without

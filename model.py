@@ -12,6 +12,7 @@ import argparse
 import codecs
 import json
 import math
+import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def multi_hot_cross_entropy(logits, targets, weights=None):
     """
     logits = at_least_float32(logits)
     hits = logits.gather(-1, targets)                                   # (..., s)
-    hit = hits.mean(-1) if weights is None else hits @ weights.to(hits)
+    hit = hits.mean(-1) if weights is None else (hits * weights.to(hits)).sum(-1)
     return (logits.logsumexp(-1) - hit).mean()
 
 
@@ -194,7 +195,7 @@ def at_least_float32(x):
 def rope_table(length, head_dim, theta):
     """cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoFormer, arXiv 2104.09864).
 
-    In Hugging Face's order of operations: far positions multiply a rounding error.
+    In Hugging Face's order of operations, for the same rounding, which far positions would magnify.
     """
     frequency = 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
@@ -221,13 +222,13 @@ class ChunkedHeadLoss(torch.autograd.Function):
         loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head) if with_grad else None
         for chunk, target in zip(x.split(rows), targets.split(rows)):
             z = at_least_float32(F.linear(chunk, head))                 # (rows, V)
-            hit = z.gather(1, target) @ weights
+            hit = (z.gather(1, target) * weights.to(z)).sum(1)              # not @, which autocast takes to bfloat16
             top = z.amax(1, keepdim=True)
             z.sub_(top).exp_()
             total = z.sum(1, keepdim=True)
             loss = loss + ((total.log() + top).squeeze(1) - hit).sum()
             if with_grad:
-                z = z.div_(total).scatter_add_(1, target, -weights.expand_as(target)).to(chunk.dtype)
+                z = z.div_(total).scatter_add_(1, target, -weights.to(z).expand_as(target)).to(chunk.dtype)
                 grad_x.append(z @ head)
                 grad_head += z.T @ chunk
         if with_grad:
@@ -364,4 +365,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenPipeError):
+        os._exit(130)                   # at once, without flushing to a pipe that is gone

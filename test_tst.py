@@ -356,7 +356,7 @@ def test_the_most_frequent_pair_is_merged_first():
 def small_corpus(folder, monkeypatch, files):
     """Build the built-in corpus from `files` {name: text} instead of this machine's, in seconds."""
     source = folder.parent / "source"
-    source.mkdir(exist_ok=True)
+    source.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (source / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     monkeypatch.setattr(data, "VOCAB_SIZE", 300)
@@ -480,7 +480,8 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, monkeypatch,
 
     def interrupted(args, step):
         if step == stop - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):                                                  # as some launchers send it
+                os.kill(os.getpid(), signal.SIGTERM)
         return learning_rate(args, step)
 
     monkeypatch.setattr(train_tst, "learning_rate", interrupted)
@@ -491,11 +492,28 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, monkeypatch,
         file.write(json.dumps({"step": stop + 1}) + '\n{"torn')                 # written after the last checkpoint
     train_tst.main(["--resume", str(tmp_path / "parts")])
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    train_tst.main(["--resume", str(tmp_path / "again" / "ckpt_switch.pt")])
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")
     assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(1, 13))
     seconds = [line["seconds"] for line in lines(tmp_path / "parts")]
     assert seconds == sorted(seconds)
     weights = [models.load_checkpoint(tmp_path / name)["model"] for name in ("whole", "parts")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_resuming_keeps_the_corpus_although_its_sources_have_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / data.PYTHON_CORPUS
+    files = {f"{i}.py": f"def function_{i}(x):\n    return x + {i}\n" for i in range(300)}
+    built = small_corpus(folder, monkeypatch, files)
+    words = flags(data.PYTHON_CORPUS, tmp_path / "run", "--steps", "4", "--warmup-steps", "1", "--eval-every", "4")
+    train_tst.main(words)
+    (folder.parent / "source" / "0.py").write_text("changed = True\n")
+    train_tst.main(["--resume", str(tmp_path / "run" / "ckpt_switch.pt")])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == built
+    train_tst.main([*words, "--out", str(tmp_path / "new")])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} != built
 
 
 def test_torchrun_with_two_processes_equals_one(corpus, tmp_path):
@@ -577,7 +595,7 @@ def test_sampling_needs_the_runs_folder_alone_and_puts_text_alone_on_standard_ou
     (["--warmup-steps", "9"], "--warmup-steps 9"), (["--decay-frac", "2"], "--decay-frac"), (["--model", "7t"], "--model"),
     (["--device", "cuda:99"], "--device cuda:99"), (["--device", "toaster"], "--device toaster"),
     (["--n-head", "5"], "--n-head 5"), (["--n-kv-head", "3"], "--n-kv-head 3"), (["--n-embd", "36"], "--n-head 4"),
-    (["--data", "/nowhere"], "/nowhere"), (["--resume", "/nowhere"], "/nowhere"), (["--seed", "-1"], "--seed"),
+    (["--data", "/nowhere"], "/nowhere"), (["--resume", "/nowhere"], "/nowhere"), (["--seed", "-1"], "--seed"), (["--seed", "9" * 30], "--seed"),
     (["--batch-size", "4000"], "--batch-size"), (["--seq-len", "20000"], "--seq-len"), (["--nonsense"], "--nonsense"),
 ])
 def test_bad_flags_end_in_one_clear_line(corpus, tmp_path, monkeypatch, capsys, bad, names):
@@ -586,6 +604,22 @@ def test_bad_flags_end_in_one_clear_line(corpus, tmp_path, monkeypatch, capsys, 
         train_tst.main([*flags(corpus, tmp_path / "run"), *bad])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and names in err and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_and_a_tokenizer_that_does_not_fit_end_in_one_clear_line(corpus, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    other = shutil.copytree(corpus, tmp_path / "other")
+    (other / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": VOCAB + 6}))
+    broken = shutil.copytree(corpus, tmp_path / "broken")
+    (broken / "encoding.json").write_text((corpus / "encoding.json").read_text().replace('"pat_str": "."', '"pat_str": "("'))
+    for words, says in ((flags(corpus, tmp_path / "file" / "run"), "file/run: Not a directory"),
+                        (flags(corpus, tmp_path / "file"), "is a file"),
+                        (flags(other, tmp_path / "run"), "vocab_size 256 is not the 250"),
+                        (flags(broken, tmp_path / "run"), "encoding.json: not a tokenizer")):
+        with pytest.raises(SystemExit) as stop:
+            train_tst.main(words)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and says in err and not (tmp_path / "run").exists()
 
 
 def shard(path, tokens=range(1000), magic=20240520, version=1, count=None, cut=None):
@@ -1057,14 +1091,19 @@ def test_a_run_says_how_many_shards_of_fineweb_it_needs():
         args, _ = train_tst.parse(["--data", "data/fineweb", "--model", "270m", "--device", "cpu", *more])
         switch = round(args.r * args.steps)
         batches = data.Batches(Tokens(), [(switch, args.s, args.s), (args.steps - switch, 1, 1)], 512, 1024, 0)
-        return train_tst.describe(args, switch, Tokens(), batches, None)
+        return train_tst.describe(args, switch, Tokens(), batches, None, meta)
 
-    assert "python data.py fineweb --shards 263\n" in said("fineweb_train_000001.bin", 10)
-    assert "--steps 762 stays within one" in said("fineweb_train_000001.bin", 10)
-    assert "python data.py fineweb --shards 105\n" in said("fineweb_train_000001.bin", 10, "--s", "1")
-    assert "python data.py fineweb --shards 263 --edu\n" in said("finewebedu_train_1.bin", 1)
-    assert "--shards" not in said("other_train_1.bin", 10)
-    assert "--shards" not in said("fineweb_train_000001.bin", 263)
+    meta = {}
+    name, other = "fineweb_train_000001.bin", " --out data/fineweb-100B\n"        # its first 103 shards are others
+    assert "--steps 761 stays within one" in said(name, 10)
+    assert "python data.py fineweb --shards 263" + other in said(name, 10)
+    assert "python data.py fineweb --shards 105" + other in said(name, 10, "--s", "1")
+    assert "python data.py fineweb --shards 27 --out data/fineweb\n" in said(name, 10, "--steps", "2000")
+    assert "fineweb --shards 27 --edu --out data/fineweb\n" in said("finewebedu_train_1.bin", 1, "--steps", "2000")
+    for enough in (said("finewebedu_train_1.bin", 10), said("other_train_1.bin", 10), said(name, 263)):
+        assert "--shards" not in enough                                         # there are no more, no such, no need
+    meta["repo"] = "kjj0/fineweb100B-gpt2"
+    assert "python data.py fineweb --shards 263 --out data/fineweb\n" in said(name, 10)
 
 
 @pytest.mark.parametrize("magic, version, dtype, top", [(20240520, 1, "<u2", 50_000), (20240801, 7, "<u4", 128_000)])

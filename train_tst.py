@@ -47,7 +47,7 @@ BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 SHAPE_FLAGS = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden")
 RUN_FILES = ("ckpt.pt", "metrics.jsonl")
-FREE_ON_RESUME = ("resume", "out", "device", "dtype", "compile", "micro_batch_size", "eval_every", "save_every")
+FREE_ON_RESUME = ("resume", "data", "device", "dtype", "compile", "micro_batch_size", "eval_every", "save_every")
 
 
 def main(argv=None):
@@ -55,11 +55,16 @@ def main(argv=None):
     args, checkpoint = parse(argv)
     try:
         train(args, checkpoint)
+    except OSError as error:
+        fail(f"{error.filename or args.out or 'disk'}: {error.strerror or error}; make room, or name another folder")
+    except KeyboardInterrupt:
+        fail("interrupted before the first step; nothing is lost", status=130)
     except torch.OutOfMemoryError:
         micro = micro_batch_size(args)
         smaller = max((n for n in range(1, micro) if micro % n == 0), default=None)
         fail(f"--micro-batch-size {micro} does not fit on the device: "
-             + (f"try --micro-batch-size {smaller}" if smaller else "try a shorter --seq-len or a smaller --model"))
+             + (f"try --micro-batch-size {smaller}" if smaller else "try a shorter --seq-len or a smaller --model"),
+             anywhere=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -81,7 +86,8 @@ def train(args, checkpoint=None):
     say("flags in force: " + as_flags(vars(args)))
 
     # Data
-    if Path(args.data) == data.PYTHON_CORPUS and local_rank == 0:
+    keep = checkpoint and Path(args.data).exists()                      # a rebuilt corpus would be another
+    if Path(args.data) == data.PYTHON_CORPUS and local_rank == 0 and not keep:
         data.build_python_corpus()
     if world > 1:
         dist.barrier()
@@ -91,7 +97,7 @@ def train(args, checkpoint=None):
     switch_step = round(args.r * args.steps) if max(args.s_in, args.s_out) > 1 else 0
     batches = data.Batches(train_tokens, [(switch_step, args.s_in, args.s_out), (args.steps - switch_step, 1, 1)],
                            args.batch_size, args.seq_len, args.seed)
-    say(describe(args, switch_step, train_tokens, batches, encoding))
+    say(describe(args, switch_step, train_tokens, batches, encoding, meta))
     share, micro = args.batch_size // world, micro_batch_size(args)
     accumulation = share // micro
 
@@ -122,7 +128,7 @@ def train(args, checkpoint=None):
         model.loss = torch.compile(model.loss, dynamic=False)           # the parameters keep their names
     wrapped = model
     if world > 1:
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # Validation, log, checkpoints
@@ -130,8 +136,9 @@ def train(args, checkpoint=None):
     out = log = None
     if rank == 0:
         out = Path(args.resume) if args.resume else make_folder(args, meta, encoding)
+        out = out if out.is_dir() else out.parent                       # of a checkpoint file
         log = open_log(out / "metrics.jsonl", keep=start)
-    last_save = f"the last good checkpoint is {args.resume}/ckpt.pt" if checkpoint else "there is no checkpoint yet"
+    last_save = f"the last good checkpoint is {args.resume}" if checkpoint else "there is no checkpoint yet"
 
     def save(name):
         nonlocal last_save
@@ -151,15 +158,15 @@ def train(args, checkpoint=None):
             log.write(json.dumps(entry).encode() + b"\n")
         rate = bar.format_dict["rate"] or 0.0                           # steps per second, smoothed
         bar.set_postfix_str(
-            f"{entry['phase']} s={entry['s']} loss {entry['loss']:.3f} val {val_loss:.3f} {rate * positions * s_in:,.0f} "
-            "tokens/s" + (f" MFU {rate * flops / peak:.1%}" if peak else ""), refresh=False)
+            f"{entry['phase']} s={entry['s']} loss {entry['loss']:.3f} " + (f"val {val_loss:.3f} " if val_loss else "")
+            + f"{rate * positions * s_in:,.0f} tokens/s" + (f" MFU {rate * flops / peak:.1%}" if peak else ""), refresh=False)
 
     # The loop
     flag = stop_flag()
     bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True)
     positions = args.batch_size * args.seq_len                          # that the trunk sees in a step
-    flops, peak = model.flops_per_token() * positions / world, peak_flops(device)
-    weights, pending, val_loss = None, None, math.nan
+    flops, peak = model.flops_per_token() * positions / world, peak_flops(device, args.dtype)
+    weights = pending = val_loss = None
     begun = time.time()
     rows = fetch(start * accumulation)
     for step in range(start, args.steps):
@@ -236,7 +243,7 @@ def parse(argv=None):
     args.given = {name: value for name, value in vars(args).items() if value is not None}
     checkpoint = None
     if args.resume:
-        checkpoint = load_checkpoint(args.resume)
+        checkpoint = load_checkpoint(args.resume, mmap=True)
         args.given = checkpoint["args"]["given"]
         for name, value in vars(args).items():
             stored = checkpoint["args"].get(name)
@@ -255,7 +262,7 @@ def parse(argv=None):
 def fill_defaults(args):
     """Replace every None in args but --micro-batch-size, --out and --resume by its default."""
     accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
-    fineweb = accelerator and Path("data/fineweb").is_dir()
+    fineweb = accelerator and any(Path("data/fineweb").glob("*train*.bin"))
     set_default(args, device=accelerator or "cpu", data="data/fineweb" if fineweb else str(data.PYTHON_CORPUS))
     set_default(args, model="tiny" if Path(args.data) == data.PYTHON_CORPUS else "270m")
     set_default(args, s=6, weighting="uniform", seed=0, compile=args.device.startswith("cuda"))
@@ -285,7 +292,7 @@ def check(args):
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     there = counts.get(device.type, 0)
     if (device.index or 0) >= there:
-        fail(f"--device {args.device} is not on this machine: leave it out to take what is")
+        fail(f"--device {args.device} is not on this machine: name one that is, such as --device cpu")
     if device.type == "cuda" and world > 1 and int(os.environ["LOCAL_RANK"]) >= there:
         fail(f"more processes than the {there} GPUs of this machine: lower torchrun's --nproc_per_node")
     each, decay_steps = args.batch_size // world, round(args.decay_frac * args.steps)
@@ -329,18 +336,23 @@ def learning_rate(args, step):
     return args.lr * min(1.0, (step + 1) / warmup, (args.steps - step) / decay)
 
 
-def describe(args, switch_step, tokens, batches, encoding):
+def describe(args, switch_step, tokens, batches, encoding, meta):
     """What the run will read, what it does without, and what to type for something else."""
     positions = args.batch_size * args.seq_len
     builtin = Path(args.data) == data.PYTHON_CORPUS
+    more, stem = "", tokens.files[0].name.split("_")[0]
+    needed = math.ceil(batches.epochs * len(tokens) / data.SHARD_TOKENS)
+    if needed <= max(data.FINEWEB.get(stem, [0])):
+        repo = meta.get("repo", data.fineweb_repo(stem, 1))
+        out = args.data if repo == data.fineweb_repo(stem, needed) else f"{args.data}-100B"
+        more = (f", or get all it needs: python data.py fineweb --shards {needed}" + " --edu" * (stem == "finewebedu")
+                + f" --out {out}")
     lines = (
         (True, f"{args.model} on {args.data}: of {len(tokens):,} training tokens it reads "
          f"{switch_step * positions * args.s_in:,} in the superposition phase and "
          f"{(args.steps - switch_step) * positions:,} in the recovery phase, {batches.epochs:.2f} epochs"),
         (batches.epochs > 1, "above one epoch tokens repeat, and TST lives on spare data: --steps "
-         f"{int(args.steps / batches.epochs)} stays within one"),
-        (batches.epochs > 1 and "fineweb" in tokens.files[0].name, "or get all it needs: python data.py fineweb --shards "
-         f"{math.ceil(batches.epochs * len(tokens) / data.SHARD_TOKENS)}" + " --edu" * ("edu" in tokens.files[0].name)),
+         f"{int(0.998 * args.steps / batches.epochs)} stays within one{more}"),
         (builtin, "for your own shards: python train_tst.py --model 270m --data FOLDER"),
         (not builtin, f"for the built-in corpus: python train_tst.py --data {data.PYTHON_CORPUS}"),
         (not (Path(args.data) / "meta.json").exists(), f"{args.data} names no tokenizer: GPT-2's is assumed"),
@@ -438,12 +450,14 @@ def open_log(path, keep):
 
 
 def stop_flag():
-    """A tensor that Ctrl-C or SIGTERM sets to 1; the second signal acts at once."""
-    flag = torch.zeros((), dtype=torch.int32)
+    """A tensor that Ctrl-C or SIGTERM sets to 1. One that comes over 5 seconds later ends the process at once."""
+    flag, first = torch.zeros((), dtype=torch.int32), []
 
     def handler(number, frame):
         flag.fill_(1)
-        signal.signal(number, signal.SIG_DFL)
+        first.append(time.time())               # launchers may send several for one
+        if first[-1] - first[0] > 5:
+            raise SystemExit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -465,9 +479,9 @@ def read_later(tensor):
     return read
 
 
-def peak_flops(device):
+def peak_flops(device, dtype):
     """Dense bfloat16 FLOP/s of the GPU as its maker states them, or None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == "bfloat16" else ""
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
 
 
@@ -485,7 +499,7 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def make_parser():
-    count, whole, positive, share = number(int, 1), number(int, 0), number(float, 0, above=True), number(float, 0, 1)
+    count, whole, positive, share = number(int, 1), number(int, 0, 2 ** 63 - 1), number(float, 0, above=True), number(float, 0, 1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = fail                         # one line, without the usage
