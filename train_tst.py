@@ -5,7 +5,7 @@ embeddings) and predicts the next bag (multi-hot cross-entropy): the superpositi
 phase. Then it trains on ordinary next tokens: the recovery phase. Same model, same
 optimizer, same FLOPs per step; only the shape of a batch changes.
 
-    python train_tst.py --s 6 --r 0.3                       # TST, which is also the default
+    python train_tst.py --s 6 --r 0.3                       # TST
     python train_tst.py --s 1                               # the baseline, by the same code path
     torchrun --nproc_per_node=8 train_tst.py                # eight GPUs
     python train_tst.py --resume runs/tiny-s6-r0.3-seed0    # go on where a run stopped
@@ -34,10 +34,10 @@ from model import GPT, PRESETS, bag_weights, load_checkpoint
 
 # What each preset trains with where no flag says otherwise. batch_size counts sequences per optimizer
 # step over all processes, micro is the largest micro-batch, val_tokens caps validation.
-LARGE = dict(steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1,
+LARGE = dict(s=6, steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1,
              eval_every=500, save_every=500, val_tokens=10_000_000)
 RECIPES = {
-    "tiny": dict(steps=10_000, batch_size=8, seq_len=128, warmup_steps=200, decay_frac=0.4, lr=3e-3, micro=64,
+    "tiny": dict(s=2, steps=13_000, batch_size=8, seq_len=96, warmup_steps=200, decay_frac=0.4, lr=1.5e-3, micro=64,
                  eval_every=1000, save_every=1000, val_tokens=200_000),
     "270m": dict(LARGE, lr=1e-3, micro=16),
     "600m": dict(LARGE, lr=5e-4, micro=8),
@@ -157,9 +157,9 @@ def train(args, checkpoint=None):
         if log:
             log.write(json.dumps(entry).encode() + b"\n")
         rate = bar.format_dict["rate"] or 0.0                           # steps per second, smoothed
-        bar.set_postfix_str(
-            f"{entry['phase']} s={entry['s']} loss {entry['loss']:.3f} " + (f"val {val_loss:.3f} " if val_loss else "")
-            + f"{rate * positions * s_in:,.0f} tokens/s" + (f" MFU {rate * flops / peak:.1%}" if peak else ""), refresh=False)
+        parts = [f"{entry['phase']} s={entry['s']} loss {entry['loss']:.3f}", val_loss and f"val {val_loss:.3f}",
+                 f"{rate * positions * s_in:,.0f} tokens/s", peak and f"MFU {rate * flops / peak:.1%}"]
+        bar.set_postfix_str(" ".join(filter(None, parts)), refresh=False)
 
     # The loop
     flag = stop_flag()
@@ -228,7 +228,9 @@ def train(args, checkpoint=None):
         return say(f"stopped after step {done:,}; go on with: python train_tst.py --resume {out}")
     say(f"{out}: validation loss {bits(entry)} after {entry['tokens']:,} tokens in {entry['seconds']:.0f} s "
         f"({time.time() - started:.0f} s with start-up); checkpoint {out}/ckpt.pt")
-    other = {"s": 1} if switch_step else {"s": 6, "r": 0.3}
+    if args.model == "tiny":
+        say("at this length s = 2 beats the baseline, larger bags do not yet: Results in README.md has the comparison")
+    other = {"s": 1} if switch_step else {"s": RECIPES[args.model]["s"], "r": 0.3}
     same = {name: args.given[name] for name in args.given if name not in ("s", "r", "s_in", "s_out", "out", "resume")}
     say(f"{'the baseline' if switch_step else 'TST'}, to compare: python train_tst.py {as_flags({**other, **same})}")
     if rank == 0 and encoding:
@@ -265,13 +267,13 @@ def fill_defaults(args):
     fineweb = accelerator and any(Path("data/fineweb").glob("*train*.bin"))
     set_default(args, device=accelerator or "cpu", data="data/fineweb" if fineweb else str(data.PYTHON_CORPUS))
     set_default(args, model="tiny" if Path(args.data) == data.PYTHON_CORPUS else "270m")
-    set_default(args, s=6, weighting="uniform", seed=0, compile=args.device.startswith("cuda"))
-    set_default(args, s_in=args.s, s_out=args.s)
-    set_default(args, r=0.3 if max(args.s_in, args.s_out) > 1 else 0.0)
+    set_default(args, weighting="uniform", seed=0, compile=args.device.startswith("cuda"))
     preset, recipe = PRESETS[args.model], RECIPES[args.model]
     set_default(args, **{name: getattr(preset, name) for name in SHAPE_FLAGS})
-    set_default(args, **{name: recipe[name] for name in ("steps", "batch_size", "seq_len", "lr", "decay_frac",
+    set_default(args, **{name: recipe[name] for name in ("s", "steps", "batch_size", "seq_len", "lr", "decay_frac",
                                                          "eval_every", "save_every")})
+    set_default(args, s_in=args.s, s_out=args.s)
+    set_default(args, r=0.3 if max(args.s_in, args.s_out) > 1 else 0.0)
     set_default(args, warmup_steps=min(recipe["warmup_steps"], args.steps // 10))
     set_default(args, dtype="bfloat16" if args.device.startswith("cuda") and has_bfloat16() else "float32")
 
@@ -509,11 +511,12 @@ def make_parser():
         return ", ".join(f"{value:g} for {preset}" for preset, value in values.items())
 
     for name, kind, text, default in (
-        ("s", count, "bag size of the superposition phase; 1 is the baseline", "6"),
+        ("s", count, "bag size of the superposition phase; 1 is the baseline", None),
         ("r", share, "fraction of the steps in the superposition phase", "0.3"),
         ("s-in", count, "tokens averaged into one input", "s"),
         ("s-out", count, "tokens that one output predicts", "s"),
-        ("weighting", ("uniform", "power", "exp", "first"), "of a target's tokens: 1, 1/i, exp(-i), first alone", "uniform"),
+        ("weighting", ("uniform", "power", "exp", "first"), "of a target's tokens: 1, 1/i, exp(-i), first alone",
+         "uniform"),
         ("model", tuple(PRESETS), "preset", "tiny on the built-in corpus, else 270m"),
         ("n-layer", count, "layers", None), ("n-embd", count, "width", None), ("n-head", count, "query heads", None),
         ("n-kv-head", count, "key-value heads", None), ("n-hidden", count, "width of the SwiGLU", None),
@@ -524,7 +527,7 @@ def make_parser():
         ("micro-batch-size", count, "sequences a process computes at a time",
          "the largest divisor of its share up to " + per_preset("micro")),
         ("seq-len", count, "l, the (s-)tokens of a sequence", None),
-        ("lr", positive, "peak learning rate; the large ones, the paper's scaled to the batch, are not tuned here", None),
+        ("lr", positive, "peak learning rate; the large ones are the paper's, scaled to the batch, not tuned here", None),
         ("warmup-steps", whole, "steps of linear warmup; unless given, at most a tenth of the run", None),
         ("decay-frac", share, "last fraction of the steps, with linear decay to 0", None),
         ("seed", whole, "of initial weights and data order", "0"),
