@@ -38,7 +38,7 @@ LARGE = dict(s=6, steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000,
              eval_every=500, save_every=500, val_tokens=10_000_000)
 RECIPES = {
     "tiny": dict(s=2, steps=13_000, batch_size=8, seq_len=96, warmup_steps=200, decay_frac=0.4, lr=1.5e-3, micro=64,
-                 eval_every=1000, save_every=1000, val_tokens=200_000),
+                 eval_every=2500, save_every=2500, val_tokens=200_000),
     "270m": dict(LARGE, lr=1e-3, micro=16),
     "600m": dict(LARGE, lr=5e-4, micro=8),
     "3b": dict(LARGE, lr=1e-4, micro=4),
