@@ -161,6 +161,19 @@ def test_the_chunked_loss_has_the_value_and_gradients_of_the_plain_one(dtype, to
         torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance * slow.abs().max().item())
 
 
+def test_the_weights_of_the_targets_stay_in_float32_under_autocast():
+    model = GPT(SMALL)
+    with torch.no_grad():
+        model.head.weight[:] = 0
+        model.head.weight[:100] = -0.5                                          # logits of -16 and 0
+    x, targets = torch.ones(1, 16, 32), torch.tensor([7, 101, 102, 103, 104, 105]).expand(1, 16, 6)
+    expected = 16 / 6 + math.log(156 + 100 * math.exp(-16))
+    with torch.autocast("cpu", torch.bfloat16):                                 # where 16 / 6 is 2.672
+        assert model.loss(x, targets).item() == pytest.approx(expected, abs=1e-4)
+        weights = bag_weights("uniform", 6)
+        assert multi_hot_cross_entropy(model.head(x), targets, weights).item() == pytest.approx(expected, abs=1e-4)
+
+
 def test_bag_j_is_predicted_from_the_bags_before_it_and_its_target_is_the_next_bag():
     model = GPT(SMALL)
     rows = torch.randint(0, VOCAB, (1, 6 * 4))
