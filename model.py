@@ -15,11 +15,13 @@ import math
 import os
 import sys
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import data
@@ -77,10 +79,12 @@ def bag_weights(kind, s):
 
 
 class GPT(nn.Module):
+    checkpoint_activations = False      # keep the blocks' inputs alone, and compute the rest again in the backward pass
+
     def __init__(self, config):
         super().__init__()
         self.config = config
-        rows = math.ceil(config.vocab_size / 64) * 64
+        rows = table_rows(config.vocab_size)
         self.embedding = nn.Embedding(rows, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
@@ -101,7 +105,8 @@ class GPT(nn.Module):
         x = bag_average(self.embedding.weight, bags)                    # (B, l, d)
         cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = (torch.utils.checkpoint.checkpoint(block, x, cos, sin, use_reentrant=False)
+                 if self.checkpoint_activations else block(x, cos, sin))
         x = self.norm(x)
         return self.head(x) if targets is None else self.loss(x, targets, weights)
 
@@ -192,6 +197,10 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def table_rows(vocab_size):
+    return math.ceil(vocab_size / 64) * 64
+
+
 def rope_table(length, head_dim, theta):
     """cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoFormer, arXiv 2104.09864).
 
@@ -219,7 +228,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, targets, weights, with_grad):             # (N, d), (V, d), (N, s), (s,)
         rows = 512 if x.device.type == "cpu" else 4096                  # fits a CPU's cache; fills a GPU
-        loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head) if with_grad else None
+        loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head, dtype=torch.float32) if with_grad else None
         for chunk, target in zip(x.split(rows), targets.split(rows)):
             z = at_least_float32(F.linear(chunk, head))                 # (rows, V)
             hit = (z.gather(1, target) * weights.to(z)).sum(1)              # not @, which autocast takes to bfloat16
@@ -242,22 +251,34 @@ class ChunkedHeadLoss(torch.autograd.Function):
         return grad_x * scale, grad_head * scale, None, None, None
 
 
+CHECKPOINT = {"model": dict, "optimizer": dict, "step": int, "seconds": float, "args": dict, "config": dict, "data": dict}
+
+
 def load_checkpoint(path, mmap=False):
     """The checkpoint in a run's folder (its ckpt.pt), or the file itself, as a dict on the CPU.
 
-    Loaded with weights_only=True: no pickled code runs. SystemExit(2) if it is missing
-    or is not a whole checkpoint of ours.
+    No pickled code runs (weights_only), and every byte is held against the checksums that
+    torch.save writes. SystemExit(2) if it is missing or is not a whole checkpoint of ours.
     """
     file = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         fail(f"{path}: no checkpoint there; name the folder of a run, such as runs/tiny-s6-r0.3-seed0")
     try:
+        if zipfile.ZipFile(file).testzip():
+            raise ValueError("damaged")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        missing = {"model", "optimizer", "step", "seconds", "args", "config", "data"} - set(checkpoint)
+        foreign = [name for name, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(name), kind)]
+        if not foreign:
+            c, weights = Config(**checkpoint["config"]), checkpoint["model"]     # whose sizes are allocated later
+            sizes = c.n_layer, c.n_embd, c.n_hidden, table_rows(c.vocab_size)
+            found = (sum(name.endswith("down.weight") for name in weights),
+                     *weights[f"blocks.{c.n_layer - 1}.mlp.down.weight"].shape, len(weights["head.weight"]))
+            if sizes != found or c.n_head > c.n_embd or c.seq_len > 2 ** 24:
+                raise ValueError("its sizes are not those of its weights")
     except Exception as error:          # a bad file can raise anything, from zipfile, pickle or torch
         fail(f"{file}: not a readable checkpoint ({type(error).__name__}); use another, such as the run's ckpt_switch.pt")
-    if missing:
-        fail(f"{file}: not a checkpoint of train_tst.py, it lacks {', '.join(sorted(missing))}")
+    if foreign:
+        fail(f"{file}: not a checkpoint of train_tst.py, it lacks {', '.join(foreign)}")
     return checkpoint
 
 
@@ -267,8 +288,23 @@ def load_model(path, device="cpu"):
     with torch.device(device):
         model = GPT(Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    return model.eval(), data.load_encoding(folder, checkpoint["data"]["tokenizer"])
+    return model.eval(), data.load_encoding(run_folder(path), checkpoint["data"]["tokenizer"])
+
+
+def run_folder(path):
+    """The run's folder, of itself or of a checkpoint file in it."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def find_device(name=None):
+    """The torch.device of that name, by default the best one here. SystemExit(2) if it is not on this machine."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(kind for kind in there if there[kind])
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception:                   # torch raises a different one for each way to be missing
+        fail(f"--device {name} is not on this machine: leave it out to take what is", anywhere=True)
+    return torch.device(name)
 
 
 def export(model, encoding, folder):
@@ -338,13 +374,7 @@ def main(argv=None):
                              ("--top-k", args.top_k, 1), ("--seed", args.seed, 0), ("--n", args.n, 1)):
         if not low <= value < 2 ** 63:
             fail(f"{flag} {value}: give a number from {low} on, below 2^63")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = args.device or next(name for name in there if there[name])
-    try:
-        torch.zeros(1, device=device).item()
-    except Exception:                   # torch raises a different one for each way to be missing
-        fail(f"--device {device} is not on this machine: leave it out to take what is")
-    model, encoding = load_model(args.run, device)
+    model, encoding = load_model(args.run, find_device(args.device))
     if encoding is None:
         fail(f"{args.run}: its tokenizer cannot be loaded here; tiktoken wants the network once, or TIKTOKEN_CACHE_DIR")
     sys.stdout.reconfigure(errors="replace")        # a terminal may be ASCII

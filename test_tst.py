@@ -340,7 +340,7 @@ def test_validation_is_the_next_token_loss_in_nats_per_token_and_bits_per_byte(c
     args, _ = train_tst.parse(flags(corpus, "unused", "--n-layer", "1"))
     _, val, _, encoding = data.load(corpus)
     model = GPT(SMALL)
-    nats, bits = train_tst.validation(val, args, encoding, 0, 1, torch.device("cpu"))(model, torch.autocast("cpu", enabled=False))
+    nats, bits = train_tst.validation(val, args, encoding, torch.device("cpu"))(model, torch.autocast("cpu", enabled=False))
     starts = [i * (9_999 - 16) // 623 for i in range(624)]                      # 624 rows of 16 in 10,000 tokens
     rows = torch.stack([torch.from_numpy(val.read(start, 17)) for start in starts])
     assert starts[0] == 0 and starts[-1] + 17 == 10_000 and len(rows[:, 1:].unique()) == len(np.unique(val.read(1, 9_999)))
@@ -456,7 +456,7 @@ def test_the_learning_rate_warms_up_stays_and_decays_across_the_switch(run):
 def test_the_switch_changes_s_and_nothing_else(corpus, tmp_path, run):
     """The first recovery step, taken by hand from ckpt_switch.pt, is the run's."""
     checkpoint = models.load_checkpoint(run / "ckpt_switch.pt")
-    assert checkpoint["step"] == 30 and checkpoint["optimizer"]["state"][0]["step"] == 30
+    assert checkpoint["step"] == 30 and checkpoint["optimizer"]["state"]["head.weight"]["step"] == 30
     model = GPT(Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     tokens, *_ = data.load(corpus)
@@ -527,16 +527,6 @@ def test_resuming_keeps_the_corpus_although_its_sources_have_changed(tmp_path, m
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == built
     train_tst.main([*words, "--out", str(tmp_path / "new")])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} != built
-
-
-def test_torchrun_with_two_processes_equals_one(corpus, tmp_path):
-    train_tst.main(flags(corpus, tmp_path / "one", "--micro-batch-size", "2"))
-    status, out, err = script("train_tst.py", *flags(corpus, tmp_path / "two", "--micro-batch-size", "2"), processes=2)
-    assert status == 0, err
-    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["val_loss"] == (None if one["val_loss"] is None else pytest.approx(one["val_loss"], rel=1e-5))
-    assert out.count("flags in force") == 1                                     # one rank speaks
 
 
 def test_a_taken_folder_is_never_overwritten(corpus, tmp_path, monkeypatch):
@@ -698,6 +688,212 @@ def test_a_truncated_checkpoint_and_a_hostile_pickle_are_refused_and_run_nothing
         assert stop.value.code == 2 and err.count("\n") == 1 and name in err
     assert not (tmp_path / "owned").exists()
 
+
+# Nothing is lost
+
+STOPS_AT = """
+import os, signal, sys
+sys.path.insert(0, os.getcwd())
+import train_tst
+learning_rate = train_tst.learning_rate
+
+def interrupting(args, step):
+    if step == int(os.environ["LAST"]) - 1 and train_tst.RANK == train_tst.WORLD - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return learning_rate(args, step)
+
+train_tst.learning_rate = interrupting
+train_tst.main()
+"""
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch, train_tst
+torch.set_num_threads(1)
+log, rng, kills = Path(sys.argv[1]) / "metrics.jsonl", random.Random(0), 0
+lines = lambda: log.read_bytes().count(b"\\n") if log.exists() else 0
+while True:
+    child = os.fork()
+    if child == 0:
+        try:
+            train_tst.main(sys.argv[2:])
+        except SystemExit as stop:
+            os._exit(stop.code)
+        os._exit(0)
+    enough, ended = lines() + rng.randrange(2, 25), (0, 0)
+    while lines() < enough and not ended[0]:
+        ended = os.waitpid(child, os.WNOHANG)
+    time.sleep(rng.uniform(0, 0.01))
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        ended = os.waitpid(child, 0)
+    if os.WIFEXITED(ended[1]):
+        print(kills)
+        sys.exit(os.WEXITSTATUS(ended[1]))
+    kills += 1
+"""
+
+
+def same_checkpoints(*folders):
+    first, *others = (models.load_checkpoint(folder)["model"] for folder in folders)
+    return all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(corpus, tmp_path):
+    words = flags(corpus, tmp_path / "whole", "--steps", "400", "--eval-every", "400", "--save-every", "7")
+    train_tst.main(words)
+    words = [str(tmp_path / "parts") if word == str(tmp_path / "whole") else word for word in words]
+    status, out, err = script("-c", KILLS, tmp_path / "parts", *words, "--resume", "auto")
+    assert status == 0 and int(out.split()[-1]) >= 20, (out, err)
+    assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(1, 401))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert same_checkpoints(tmp_path / "whole", tmp_path / "parts")
+    assert same_checkpoints(tmp_path / "whole" / "ckpt_switch.pt", tmp_path / "parts" / "ckpt_switch.pt")
+
+
+def test_resume_auto_starts_continues_and_leaves_alone_what_is_done(corpus, tmp_path, capsys):
+    words = flags(corpus, tmp_path / "run", "--resume", "auto")
+    train_tst.main(words)
+    shutil.copy(tmp_path / "run" / "ckpt_switch.pt", tmp_path / "run" / "ckpt.pt")
+    before = losses(tmp_path / "run")
+    train_tst.main(words)
+    assert losses(tmp_path / "run") == before
+    for argv, status, says in ((words, 0, "the run is complete"), ([*words, "--s", "2"], 2, "--s 2 contradicts"),
+                               (["--resume", "auto"], 2, "name that folder")):
+        with pytest.raises(SystemExit) as stop:
+            train_tst.main(argv)
+        assert stop.value.code == status and says in capsys.readouterr().err
+
+
+def test_a_full_disk_while_saving_keeps_the_checkpoint_before(corpus, tmp_path):
+    train_tst.main(flags(corpus, tmp_path / "run"))
+    before = losses(tmp_path / "run")
+    shutil.copy(tmp_path / "run" / "ckpt_switch.pt", tmp_path / "run" / "ckpt.pt")
+    whole = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    limit = f"import resource, sys, train_tst; resource.setrlimit(resource.RLIMIT_FSIZE, 2 * ({len(whole) // 2},))"
+    status, out, err = script("-c", limit + "; train_tst.main(sys.argv[1:])", "--resume", tmp_path / "run")
+    assert status == 2 and "ckpt.pt cannot be written" in err and "make room" in err and "Traceback" not in err, err
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == whole and not list(tmp_path.glob("run/*.tmp"))
+    train_tst.main(["--resume", str(tmp_path / "run")])
+    assert losses(tmp_path / "run") == before
+
+
+def test_one_process_and_two_with_ddp_and_two_with_fsdp_agree(corpus, tmp_path):
+    words = ("--steps", "30", "--micro-batch-size", "2")
+    train_tst.main(flags(corpus, tmp_path / "one", *words))
+    for name, more in (("ddp", []), ("fsdp", ["--fsdp", "--checkpoint-activations"])):
+        status, out, err = script("train_tst.py", *flags(corpus, tmp_path / name, *words, *more), processes=2)
+        assert status == 0 and out.count("flags in force") == 1, err            # one rank speaks
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+        for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / name), strict=True):
+            assert two["val_loss"] == (None if one["val_loss"] is None else pytest.approx(one["val_loss"], rel=1e-5))
+
+
+@pytest.mark.parametrize("legs", [((1, "--no-fsdp"), (2, "--no-fsdp"), (2, "--fsdp"), (1, "--no-fsdp")),
+                                  ((2, "--fsdp"), (1, "--no-fsdp"), (2, "--no-fsdp"))])
+def test_a_checkpoint_of_any_number_of_processes_resumes_on_any_other(corpus, tmp_path, legs):
+    train_tst.main(flags(corpus, tmp_path / "one"))
+    (tmp_path / "stops.py").write_text(STOPS_AT)
+    words = flags(corpus, tmp_path / "moved", "--resume", "auto")
+    for (processes, fsdp), last in zip(legs, (3, 8, 10, 12)):                   # the switch is after step 6
+        status, out, err = script(tmp_path / "stops.py", *words, fsdp, processes=processes if processes > 1 else None,
+                                  LAST=str(last), PYTHONPATH=str(HERE))
+        assert status == 0 and len(lines(tmp_path / "moved")) == last, err
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "one")[:last], rel=1e-5)
+
+
+def start_two(corpus, out):
+    """torchrun with two processes, in the middle of a long run: (Popen, pids of the two)."""
+    words = flags(corpus, out, "--steps", "100000", "--eval-every", "100000", "--save-every", "5")
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+                            "train_tst.py", *words], cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 60
+    while not (out / "ckpt.pt").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    return job, [int(pid) for pid in subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(job.pid)]).split()][:2]
+
+
+def test_when_one_process_dies_the_job_ends_with_an_error(corpus, tmp_path):
+    job, pids = start_two(corpus, tmp_path / "run")
+    os.kill(pids[1], signal.SIGKILL)
+    job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert models.load_checkpoint(tmp_path / "run")["step"] % 5 == 0
+
+
+def test_sigterm_to_torchrun_saves_at_one_step_on_all_processes(corpus, tmp_path):
+    job, _ = start_two(corpus, tmp_path / "run")
+    job.send_signal(signal.SIGTERM)
+    out, _ = job.communicate(timeout=30)
+    stopped = int(re.search(r"stopped after step ([\d,]+)", out)[1].replace(",", ""))
+    assert models.load_checkpoint(tmp_path / "run")["step"] == len(lines(tmp_path / "run")) == stopped
+
+
+def test_checkpointed_activations_are_the_same_and_fewer():
+    model, bags = GPT(SMALL), torch.randint(0, VOCAB, (2, 17, 1))
+    found = []
+    for model.checkpoint_activations in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
+            loss = model(bags[:, :-1], bags[:, 1:])
+        loss.backward()
+        found.append((loss.item(), [p.grad.clone() for p in model.parameters()], sum(kept)))
+        model.zero_grad()
+    assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1]))
+    assert found[1][2] < found[0][2] / 2
+
+
+MUTATIONS = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import model
+whole, rng = Path(sys.argv[1]).read_bytes(), np.random.default_rng(0)
+for k in range(200):
+    blob = bytearray(whole)
+    at, to = sorted(rng.integers(0, len(blob), 2))
+    if k % 4 == 0:
+        blob[at] ^= 1 << rng.integers(8)
+    elif k % 4 == 1:
+        del blob[at:]
+    elif k % 4 == 2:
+        del blob[at:to]
+    else:
+        at = rng.choice([i for i in range(len(blob) - 8) if blob[i:i + 2] == b"PK"])        # a zip header: sizes, offsets
+        blob[at + 4:at + 46] = rng.bytes(42)
+    Path(sys.argv[2]).write_bytes(blob)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        model.load_checkpoint(sys.argv[2])
+        print("loads", k % 4)
+    except SystemExit as stop:
+        print("refused", stop.code)
+    if k > 20:
+        assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 2 * len(whole) + 2 ** 20
+"""
+
+
+def test_a_mutated_checkpoint_loads_or_ends_in_one_line(run, tmp_path):
+    status, out, err = script("-c", MUTATIONS, run / "ckpt.pt", tmp_path / "mutated.pt")
+    assert status == 0 and "Traceback" not in err, err
+    assert out.count("refused 2") == err.count("\n") >= 150 and out.count("\n") == 200
+
+
+def test_a_checkpoint_with_forged_sizes_is_refused(run, tmp_path, capsys):
+    checkpoint = models.load_checkpoint(run)
+    for name, value in (("n_layer", 10 ** 9), ("n_embd", 10 ** 9), ("n_hidden", 10 ** 9), ("vocab_size", 10 ** 12),
+                        ("seq_len", 10 ** 12), ("n_head", 10 ** 9), ("n_layer", "x"), ("nonsense", 1)):
+        torch.save({**checkpoint, "config": {**checkpoint["config"], name: value}}, tmp_path / "forged.pt")
+        with pytest.raises(SystemExit) as stop:
+            models.load_model(tmp_path / "forged.pt")
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and "forged.pt" in err
+    for name, value in (("steps", "many"), ("lr", -1.0), ("s", 0), ("model", "7t"), ("unknown", 1)):
+        torch.save({**checkpoint, "args": {**checkpoint["args"], name: value}}, tmp_path / "forged.pt")
+        with pytest.raises(SystemExit) as stop:
+            train_tst.parse(["--resume", str(tmp_path / "forged.pt")])
+        assert stop.value.code == 2 and f"--{name}" in capsys.readouterr().err
 
 # The README
 

@@ -18,6 +18,7 @@ import math
 import os
 import shlex
 import signal
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,29 +26,35 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 from data import fail
-from model import GPT, PRESETS, bag_weights, load_checkpoint
+from model import GPT, PRESETS, bag_weights, find_device, load_checkpoint, run_folder
 
-# What each preset trains with where no flag says otherwise. batch_size counts sequences per optimizer
-# step over all processes, micro is the largest micro-batch, val_tokens caps validation.
+# What each preset trains with where no flag says otherwise; batch_size counts sequences per optimizer step.
 LARGE = dict(s=6, steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1,
-             eval_every=500, save_every=500, val_tokens=10_000_000)
+             eval_every=500, save_every=500)
 RECIPES = {
-    "tiny": dict(s=2, steps=13_000, batch_size=8, seq_len=96, warmup_steps=200, decay_frac=0.4, lr=1.5e-3, micro=64,
-                 eval_every=2500, save_every=2500, val_tokens=200_000),
-    "270m": dict(LARGE, lr=1e-3, micro=16),
-    "600m": dict(LARGE, lr=5e-4, micro=8),
-    "3b": dict(LARGE, lr=1e-4, micro=4),
+    "tiny": dict(s=2, steps=13_000, batch_size=8, seq_len=96, lr=1.5e-3, warmup_steps=200, decay_frac=0.4,
+                 eval_every=2500, save_every=2500),
+    "270m": dict(LARGE, lr=1e-3),
+    "600m": dict(LARGE, lr=5e-4),
+    "3b": dict(LARGE, lr=1e-4),
 }
+MAX_MICRO_BATCH = {"tiny": 64, "270m": 16, "600m": 8, "3b": 4}
+MAX_VAL_TOKENS = {"tiny": 200_000, "270m": 10_000_000, "600m": 10_000_000, "3b": 10_000_000}
 BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 SHAPE_FLAGS = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden")
-RUN_FILES = ("ckpt.pt", "metrics.jsonl")
-FREE_ON_RESUME = ("resume", "data", "device", "dtype", "compile", "micro_batch_size", "eval_every", "save_every")
+FREE_ON_RESUME = ("resume", "out", "data", "device", "dtype", "compile", "fsdp", "checkpoint_activations",
+                  "micro_batch_size", "eval_every", "save_every")
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default                # torchrun sets them
+                           in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 def main(argv=None):
@@ -62,9 +69,8 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         micro = micro_batch_size(args)
         smaller = max((n for n in range(1, micro) if micro % n == 0), default=None)
-        fail(f"--micro-batch-size {micro} does not fit on the device: "
-             + (f"try --micro-batch-size {smaller}" if smaller else "try a shorter --seq-len or a smaller --model"),
-             anywhere=True)
+        fail(f"--micro-batch-size {micro} does not fit on the device: try "
+             + (f"--micro-batch-size {smaller}" if smaller else "--checkpoint-activations, or --fsdp"), anywhere=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -73,23 +79,20 @@ def main(argv=None):
 def train(args, checkpoint=None):
     """Run the training that args (from `parse`) describe, from checkpoint (of `--resume`) on if there is one."""
     started = time.time()
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default
-                               in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    say = tqdm.write if rank == 0 else lambda line: None
-    device = torch.device(args.device)
+    say = tqdm.write if RANK == 0 else lambda line: None
+    device = own_device(args)
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank if world > 1 else device.index or 0)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                      # TF32 for float32 products
-    if world > 1:
+    if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    say("flags in force: " + as_flags(vars(args)))
+    say("flags in force: " + shlex.join(as_flags(vars(args))))
 
     # Data
     keep = checkpoint and Path(args.data).exists()                      # a rebuilt corpus would be another
-    if Path(args.data) == data.PYTHON_CORPUS and local_rank == 0 and not keep:
+    if Path(args.data) == data.PYTHON_CORPUS and LOCAL_RANK == 0 and not keep:
         data.build_python_corpus()
-    if world > 1:
+    if WORLD > 1:
         dist.barrier()
     train_tokens, val_tokens, meta, encoding = data.load(args.data)
     if checkpoint and checkpoint["data"]["hash"] != meta["hash"]:
@@ -98,7 +101,7 @@ def train(args, checkpoint=None):
     batches = data.Batches(train_tokens, [(switch_step, args.s_in, args.s_out), (args.steps - switch_step, 1, 1)],
                            args.batch_size, args.seq_len, args.seed)
     say(describe(args, switch_step, train_tokens, batches, encoding, meta))
-    share, micro = args.batch_size // world, micro_batch_size(args)
+    share, micro = args.batch_size // WORLD, micro_batch_size(args)
     accumulation = share // micro
 
     def fetch(k):
@@ -106,7 +109,7 @@ def train(args, checkpoint=None):
         step, i = divmod(k, accumulation)
         if step == args.steps:
             return None
-        rows = batches.rows(step, rank * share + i * micro, micro)
+        rows = batches.rows(step, RANK * share + i * micro, micro)
         return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
     # Model and optimizer
@@ -114,39 +117,54 @@ def train(args, checkpoint=None):
     with device:
         model = GPT(replace(PRESETS[args.model], vocab_size=meta["vocab_size"], seq_len=args.seq_len,
                             **{name: getattr(args, name) for name in SHAPE_FLAGS}))
+    model.checkpoint_activations = args.checkpoint_activations
+    if args.compile and compiler_works(device, say):
+        for block in model.blocks:                                      # by parts and in place: all blocks share one
+            block.compile(dynamic=False)                                # graph, which the switch leaves as it is, and
+        model.loss = torch.compile(model.loss, dynamic=False)           # the parameters keep their names
+    wrapped, sharded = model, args.fsdp and WORLD > 1
+    if sharded:
+        low = args.dtype == "bfloat16"
+        policy = MixedPrecisionPolicy(torch.bfloat16 if low else None, torch.float32, cast_forward_inputs=False)
+        for part in (*model.blocks, model):                             # the rest of the model is one part more
+            fully_shard(part, mesh=init_device_mesh(device.type, (WORLD,)), mp_policy=policy)
+    elif WORLD > 1:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     matrices, gains = ([p for p in model.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
                                    {"params": gains, "weight_decay": 0.0}], lr=args.lr, betas=BETAS, fused=True)
     start, seconds_before = 0, 0.0
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        set_state_dict(model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
+                       options=StateDictOptions(full_state_dict=True))
         start, seconds_before = checkpoint["step"], checkpoint["seconds"]
-    if args.compile and compiler_works(device, say):
-        for block in model.blocks:                                      # by parts and in place: all blocks share one
-            block.compile(dynamic=False)                                # graph, which the switch leaves as it is, and
-        model.loss = torch.compile(model.loss, dynamic=False)           # the parameters keep their names
-    wrapped = model
-    if world > 1:
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # Validation, log, checkpoints
-    evaluate = validation(val_tokens, args, encoding, rank, world, device)
+    evaluate = validation(val_tokens, args, encoding, device)
     out = log = None
-    if rank == 0:
-        out = Path(args.resume) if args.resume else make_folder(args, meta, encoding)
-        out = out if out.is_dir() else out.parent                       # of a checkpoint file
+    if RANK == 0:
+        out = run_folder(args.resume) if checkpoint else make_folder(args, meta, encoding)
         log = open_log(out / "metrics.jsonl", keep=start)
     last_save = f"the last good checkpoint is {args.resume}" if checkpoint else "there is no checkpoint yet"
 
-    def save(name):
+    def save(*names):
+        """Whole tensors under their names, whatever the processes share: any number of them can resume."""
         nonlocal last_save
-        if rank == 0:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": entry["step"],
-                        "seconds": entry["seconds"], "args": vars(args), "config": asdict(model.config), "data": meta},
-                       out / f"{name}.tmp")
-            os.replace(out / f"{name}.tmp", out / name)                 # whole, or not at all
+        parts = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if RANK > 0:
+            return
+        state = dict(zip(("model", "optimizer"), parts), step=entry["step"], seconds=entry["seconds"], args=vars(args),
+                     config=asdict(model.config), data=meta)
+        for name in names:
+            temporary = out / f"{name}.tmp"
+            try:
+                torch.save(state, temporary)
+                os.replace(temporary, out / name)                       # whole, or not at all
+            except (OSError, RuntimeError) as error:                    # torch raises the latter on a full disk
+                temporary.unlink(missing_ok=True)
+                fail(f"{out / name} cannot be written ({str(error).splitlines()[0]}); {last_save}; make room, then "
+                     f"--resume {out}")
             last_save = f"the last good checkpoint is {out / name}, of step {entry['step']:,}"
 
     def write(entry, read):
@@ -163,9 +181,9 @@ def train(args, checkpoint=None):
 
     # The loop
     flag = stop_flag()
-    bar = tqdm(total=args.steps, initial=start, disable=None if rank == 0 else True)
+    bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True)
     positions = args.batch_size * args.seq_len                          # that the trunk sees in a step
-    flops, peak = model.flops_per_token() * positions / world, peak_flops(device, args.dtype)
+    flops, peak = model.flops_per_token() * positions / WORLD, peak_flops(device, args.dtype)
     weights = pending = val_loss = None
     begun = time.time()
     rows = fetch(start * accumulation)
@@ -180,8 +198,8 @@ def train(args, checkpoint=None):
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         for i in range(accumulation):
-            last = i == accumulation - 1
-            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+            more = i < accumulation - 1
+            with wrapped.no_sync() if more and wrapped is not model else contextlib.nullcontext():
                 inputs, targets = data.bags(rows, s_in, s_out)          # (B, l, s_in), (B, l, s_out)
                 with autocast:
                     part = wrapped(inputs, targets, weights) / accumulation
@@ -192,10 +210,10 @@ def train(args, checkpoint=None):
         optimizer.step()
         optimizer.zero_grad()
         stop = flag.clone()
-        if world > 1:
+        if WORLD > 1:
             dist.all_reduce(loss)
             dist.all_reduce(stop, op=dist.ReduceOp.MAX)                 # all ranks stop after the same step
-        read = read_later(torch.stack((loss / world, norm)))
+        read = read_later(torch.stack((loss / WORLD, norm.full_tensor() if sharded else norm)))
 
         if pending:
             write(*pending)         # the step before this one's, whose loss has arrived: the device never waits
@@ -213,8 +231,7 @@ def train(args, checkpoint=None):
                 entry["val_loss"] = val_loss
             write(*pending)
             pending = None
-            for name in ("ckpt.pt", "ckpt_switch.pt") if done == switch_step else ("ckpt.pt",):
-                save(name)
+            save(*["ckpt_switch.pt"] * (done == switch_step), "ckpt.pt")    # in this order: a kill between repeats both
             if evaluating:
                 say(f"step {done:,}  {entry['phase']} s={entry['s']}  loss {entry['loss']:.4f}  {bits(entry)}  "
                     f"{entry['tokens']:,} tokens  {entry['seconds']:.0f} s")
@@ -227,13 +244,15 @@ def train(args, checkpoint=None):
     if done < args.steps:
         return say(f"stopped after step {done:,}; go on with: python train_tst.py --resume {out}")
     say(f"{out}: validation loss {bits(entry)} after {entry['tokens']:,} tokens in {entry['seconds']:.0f} s "
-        f"({time.time() - started:.0f} s with start-up); checkpoint {out}/ckpt.pt")
+        f"({time.time() - started:.0f} s with start-up); peak memory {peak_memory(device) / 2 ** 30:.2f} GiB; "
+        f"checkpoint {out}/ckpt.pt")
     if args.model == "tiny":
         say("with tiny's defaults s = 2 beat the baseline in two seeds and s = 6 lost in one: Results in README.md")
     other = {"s": 1} if switch_step else {"s": RECIPES[args.model]["s"], "r": 0.3}
     same = {name: args.given[name] for name in args.given if name not in ("s", "r", "s_in", "s_out", "out", "resume")}
-    say(f"{'the baseline' if switch_step else 'TST'}, to compare: python train_tst.py {as_flags({**other, **same})}")
-    if rank == 0 and encoding:
+    say(f"{'the baseline' if switch_step else 'TST'}, to compare: python train_tst.py "
+        + shlex.join(as_flags({**other, **same})))
+    if encoding:
         with torch.compiler.set_stance("force_eager"):                  # every length would compile anew
             ids = list(model.generate([encoding.eot_token], 100, generator=torch.Generator().manual_seed(args.seed)))
         say("a sample:\n" + encoding.decode(ids, errors="replace"))
@@ -241,69 +260,58 @@ def train(args, checkpoint=None):
 
 def parse(argv=None):
     """The flags with every default filled in, and the checkpoint to continue or None. SystemExit(2) on bad input."""
-    args = make_parser().parse_args(argv)
-    args.given = {name: value for name, value in vars(args).items() if value is not None}
-    checkpoint = None
-    if args.resume:
-        checkpoint = load_checkpoint(args.resume, mmap=True)
-        args.given = checkpoint["args"]["given"]
-        for name, value in vars(args).items():
-            stored = checkpoint["args"].get(name)
-            if value is None:
-                setattr(args, name, stored)
-            elif name not in FREE_ON_RESUME and value != stored:
-                fail(f"--{name.replace('_', '-')} {value} contradicts the run in {args.resume}, which has {stored}; "
-                     "leave it out, or start a new run")
-    fill_defaults(args)
-    check(args)
+    parser = make_parser()
+    given = vars(parser.parse_known_args(argv)[0])                      # what the command line says, and nothing else
+    checkpoint = resume = None
+    if "resume" in given:
+        auto = given["resume"] == "auto"
+        if auto and "out" not in given:
+            fail("--resume auto continues or starts the run in --out: name that folder")
+        resume = given["out"] if auto else given["resume"]
+    if resume and not (auto and not (Path(resume) / "ckpt.pt").exists()):
+        checkpoint = load_checkpoint(resume, mmap=True)
+        stored = checkpoint["args"]
+        for name in given.keys() - set(FREE_ON_RESUME):
+            if given[name] != stored.get(name):
+                fail(f"--{name.replace('_', '-')} {given[name]} contradicts the run in {resume}, which has "
+                     f"{stored.get(name)}; leave it out, or start a new run")
+    flags = stored if checkpoint else {"given": given, **default_flags(given)}
+    parser.set_defaults(**flags)
+    parser.add_argument("-h", "--help", action="help", help="show this message: the defaults are those of --model")
+    args = parser.parse_args([*as_flags(flags), *(sys.argv[1:] if argv is None else argv)])     # later ones win
+    args.resume = resume if checkpoint else None
+    taken = not resume and args.out and (Path(args.out) / "metrics.jsonl").exists()
+    check(args, taken)
     if checkpoint and checkpoint["step"] >= args.steps:
-        fail(f"--resume {args.resume}: the run is complete, all {args.steps} steps; start a new one")
+        fail(f"--resume {resume}: the run is complete, all {args.steps} steps; start a new one", status=0 if auto else 2)
     return args, checkpoint
 
 
-def fill_defaults(args):
-    """Replace every None in args but --micro-batch-size, --out and --resume by its default."""
+def default_flags(given):
+    """Every flag's value, {name: value}, those given among them; some follow from others."""
     accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
     fineweb = accelerator and any(Path("data/fineweb").glob("*train*.bin"))
-    set_default(args, device=accelerator or "cpu", data="data/fineweb" if fineweb else str(data.PYTHON_CORPUS))
-    set_default(args, model="tiny" if Path(args.data) == data.PYTHON_CORPUS else "270m")
-    set_default(args, weighting="uniform", seed=0, compile=args.device.startswith("cuda"))
-    preset, recipe = PRESETS[args.model], RECIPES[args.model]
-    set_default(args, **{name: getattr(preset, name) for name in SHAPE_FLAGS})
-    set_default(args, **{name: recipe[name] for name in ("s", "steps", "batch_size", "seq_len", "lr", "decay_frac",
-                                                         "eval_every", "save_every")})
-    set_default(args, s_in=args.s, s_out=args.s)
-    set_default(args, r=0.3 if max(args.s_in, args.s_out) > 1 else 0.0)
-    set_default(args, warmup_steps=min(recipe["warmup_steps"], args.steps // 10))
-    set_default(args, dtype="bfloat16" if args.device.startswith("cuda") and has_bfloat16() else "float32")
+    flags = {"device": accelerator or "cpu", "data": "data/fineweb" if fineweb else str(data.PYTHON_CORPUS), **given}
+    flags = {"model": "tiny" if Path(flags["data"]) == data.PYTHON_CORPUS else "270m", **flags}
+    cuda, recipe = flags["device"].startswith("cuda"), RECIPES[flags["model"]]
+    shape = {name: getattr(PRESETS[flags["model"]], name) for name in SHAPE_FLAGS}
+    flags = {**recipe, **shape, "weighting": "uniform", "seed": 0, "compile": cuda, "fsdp": False, "out": None, "resume": None,
+             "checkpoint_activations": False, "micro_batch_size": None,
+             "dtype": "bfloat16" if cuda and has_bfloat16() else "float32", **flags}
+    flags = {"s_in": flags["s"], "s_out": flags["s"], **flags}
+    superposed = max(flags["s_in"], flags["s_out"]) > 1
+    return {**flags, "r": 0.3 if superposed else 0.0, "warmup_steps": min(recipe["warmup_steps"], flags["steps"] // 10), **given}
 
 
-def set_default(args, **defaults):
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-
-
-def check(args):
-    """What no single flag can know. SystemExit(2) with one line."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        device = torch.device("meta")
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    there = counts.get(device.type, 0)
-    if (device.index or 0) >= there:
-        fail(f"--device {args.device} is not on this machine: name one that is, such as --device cpu")
-    if device.type == "cuda" and world > 1 and int(os.environ["LOCAL_RANK"]) >= there:
-        fail(f"more processes than the {there} GPUs of this machine: lower torchrun's --nproc_per_node")
-    each, decay_steps = args.batch_size // world, round(args.decay_frac * args.steps)
-    taken = args.out and not args.resume and any((Path(args.out) / name).exists() for name in RUN_FILES)
+def check(args, taken):
+    """What no single flag can know; taken: --out holds a run that is not continued. SystemExit(2) with one line."""
+    own_device(args)
+    each, decay_steps = args.batch_size // WORLD, round(args.decay_frac * args.steps)
     for wrong, message in (
         (args.n_embd % args.n_head or args.n_embd // args.n_head % 2,
          f"--n-head {args.n_head} does not divide --n-embd {args.n_embd} into heads of even width"),
         (args.n_head % args.n_kv_head, f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}"),
-        (args.batch_size % world, f"--batch-size {args.batch_size} does not divide by the {world} processes"),
+        (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide by the {WORLD} processes"),
         (args.micro_batch_size and each % args.micro_batch_size,
          f"--micro-batch-size {args.micro_batch_size} does not divide the {each} sequences of a process"),
         (args.warmup_steps + decay_steps > args.steps, f"--warmup-steps {args.warmup_steps} and --decay-frac "
@@ -314,22 +322,28 @@ def check(args):
             fail(message)
 
 
+def own_device(args):
+    """This process's torch.device: under torchrun each has a GPU of its own."""
+    return find_device(f"cuda:{LOCAL_RANK}" if args.device == "cuda" and WORLD > 1 else args.device)
+
+
 def micro_batch_size(args):
     """--micro-batch-size, or the largest divisor of a process's share of the batch within the preset's limit."""
-    share = args.batch_size // int(os.environ.get("WORLD_SIZE", 1))
-    limit = min(share, RECIPES[args.model]["micro"])
+    share = args.batch_size // WORLD
+    limit = min(share, MAX_MICRO_BATCH[args.model])
     return args.micro_batch_size or max(n for n in range(1, limit + 1) if share % n == 0)
 
 
 def as_flags(values):
-    """{name: value} as a command line; None and dicts are left out."""
+    """{name: value} as a list of words; None and what is no flag, a dict, are left out."""
     words = []
     for name, value in values.items():
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{name}")
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None and not isinstance(value, dict):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
+            words += [f"--{flag}", str(value)]
+    return words
 
 
 def learning_rate(args, step):
@@ -383,7 +397,7 @@ def compiler_works(device, say):
     return bool(works)
 
 
-def validation(tokens, args, encoding, rank, world, device):
+def validation(tokens, args, encoding, device):
     """A function (model, autocast) -> ordinary next-token loss in nats per token, and bits per byte.
 
     It reads the same tokens in every run, whatever s is, in rows of l shared out over the
@@ -392,11 +406,11 @@ def validation(tokens, args, encoding, rank, world, device):
     encoding the bits are None. SystemExit(2) if the split is shorter than a row.
     """
     l = args.seq_len
-    n = (min(len(tokens), RECIPES[args.model]["val_tokens"]) - 1) // l
+    n = (min(len(tokens), MAX_VAL_TOKENS[args.model]) - 1) // l
     if n < 1:
         fail(f"--data {args.data}: {len(tokens):,} validation tokens are too few for a row of --seq-len {l}")
     starts = [i * (len(tokens) - 1 - l) // max(1, n - 1) for i in range(n)]
-    mine, micro, size = starts[rank::world], micro_batch_size(args), None
+    micro, size = micro_batch_size(args), None
     if encoding:
         lengths = np.zeros(tokens.vocab_size)
         for token, i in encoding._mergeable_ranks.items():
@@ -406,12 +420,14 @@ def validation(tokens, args, encoding, rank, world, device):
     @torch.no_grad()
     def evaluate(model, autocast):
         total = torch.zeros((), dtype=torch.float64)
-        for k in range(0, len(mine), micro):
-            rows = np.stack([tokens.read(start, l + 1) for start in mine[k:k + micro]])
+        for k in range(0, n, WORLD * micro):
+            group = starts[k:k + WORLD * micro]
+            mine = group[RANK::WORLD] or group[:1]                      # with FSDP every rank takes part every time
+            rows = np.stack([tokens.read(start, l + 1) for start in mine])
             inputs, targets = data.bags(torch.from_numpy(rows).to(device), 1, 1)
             with autocast:
-                total += model(inputs, targets).item() * targets.numel()
-        if world > 1:
+                total += model(inputs, targets).item() * targets.numel() * (RANK < len(group))
+        if WORLD > 1:
             dist.all_reduce(total)
         return total.item() / (n * l), total.item() / size / math.log(2) if encoding else None
 
@@ -487,13 +503,20 @@ def peak_flops(device, dtype):
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
 
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number from low (or above it) to high."""
+def peak_memory(device):
+    """Bytes that this process has held at most: on CUDA of the GPU's memory, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource                             # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number from low to high."""
     def parse_number(text):
         value = kind(text)
-        if not low <= value <= high or math.isinf(value) or above and value == low:
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}"
-                                             + f" and at most {high}" * (high < math.inf))
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low}" + f" to {high}" * (high < math.inf))
         return value
 
     parse_number.__name__ = kind.__name__       # for argparse's "invalid int value: 'x'"
@@ -501,48 +524,45 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def make_parser():
-    count, whole, positive, share = number(int, 1), number(int, 0, 2 ** 63 - 1), number(float, 0, above=True), number(float, 0, 1)
+    """The flags, without their defaults, which `parse` fills in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+                                     allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     parser.error = fail                         # one line, without the usage
-
-    def per_preset(name):
-        values = {preset: RECIPES[preset].get(name) or getattr(PRESETS[preset], name) for preset in PRESETS}
-        return ", ".join(f"{value:g} for {preset}" for preset, value in values.items())
-
-    for name, kind, text, default in (
-        ("s", count, "bag size of the superposition phase; 1 is the baseline", None),
-        ("r", share, "fraction of the steps in the superposition phase", "0.3"),
-        ("s-in", count, "tokens averaged into one input", "s"),
-        ("s-out", count, "tokens that one output predicts", "s"),
-        ("weighting", ("uniform", "power", "exp", "first"), "of a target's tokens: 1, 1/i, exp(-i), first alone",
-         "uniform"),
-        ("model", tuple(PRESETS), "preset", "tiny on the built-in corpus, else 270m"),
-        ("n-layer", count, "layers", None), ("n-embd", count, "width", None), ("n-head", count, "query heads", None),
-        ("n-kv-head", count, "key-value heads", None), ("n-hidden", count, "width of the SwiGLU", None),
-        ("data", str, f"folder of token shards; {data.PYTHON_CORPUS} is the built-in corpus",
-         "data/fineweb where that and an accelerator are there, else the built-in corpus"),
-        ("steps", count, "optimizer steps, both phases together", None),
-        ("batch-size", count, "sequences per step over all processes", None),
-        ("micro-batch-size", count, "sequences a process computes at a time",
-         "the largest divisor of its share up to " + per_preset("micro")),
-        ("seq-len", count, "l, the (s-)tokens of a sequence", None),
-        ("lr", positive, "peak learning rate; the large ones are the paper's, scaled to the batch, not tuned here", None),
-        ("warmup-steps", whole, "steps of linear warmup; unless given, at most a tenth of the run", None),
-        ("decay-frac", share, "last fraction of the steps, with linear decay to 0", None),
-        ("seed", whole, "of initial weights and data order", "0"),
-        ("device", str, "cuda, cuda:1, mps or cpu", "the first of these that is there"),
-        ("dtype", ("bfloat16", "float32"), "of the matrix products; weights and optimizer are float32",
-         "bfloat16 on a GPU that has it, else float32"),
-        ("out", str, "the run's folder", "runs/MODEL-sS-rR-seedSEED, with -2, -3 appended when taken"),
-        ("resume", str, "continue the run in this folder, with the flags stored there", "a new run"),
-        ("eval-every", count, "steps between evaluations, each of which also saves", None),
-        ("save-every", count, "steps between checkpoints", None),
+    count, whole, share = number(int, 1), number(int, 0, 2 ** 63 - 1), number(float, 0, 1)
+    for name, kind, text in (
+        ("s", count, "bag size of the superposition phase; 1 is the baseline"),
+        ("r", share, "fraction of the steps in the superposition phase"),
+        ("s-in", count, "tokens averaged into one input, s unless given"),
+        ("s-out", count, "tokens that one output predicts, s unless given"),
+        ("weighting", ("uniform", "power", "exp", "first"), "of a target's tokens: 1, 1/i, exp(-i), first alone"),
+        ("model", tuple(PRESETS), "preset: tiny on the built-in corpus, else 270m, unless given"),
+        ("n-layer", count, "layers"), ("n-embd", count, "width"), ("n-head", count, "query heads"),
+        ("n-kv-head", count, "key-value heads"), ("n-hidden", count, "width of the SwiGLU"),
+        ("data", str, f"folder of token shards: {data.PYTHON_CORPUS} is the built-in corpus; data/fineweb is the default "
+         "where that and an accelerator are there"),
+        ("steps", count, "optimizer steps, both phases together"),
+        ("batch-size", count, "sequences per step over all processes"),
+        ("micro-batch-size", count, "sequences a process computes at a time; unless given, the largest divisor of its "
+         "share up to " + ", ".join(f"{n} for {name}" for name, n in MAX_MICRO_BATCH.items())),
+        ("seq-len", count, "l, the (s-)tokens of a sequence"),
+        ("lr", number(float, 1e-12), "peak learning rate; the large ones are the paper's, scaled to the batch, not tuned here"),
+        ("warmup-steps", whole, "steps of linear warmup; unless given, at most a tenth of the run"),
+        ("decay-frac", share, "last fraction of the steps, with linear decay to 0"),
+        ("seed", whole, "of initial weights and data order"),
+        ("device", str, "cuda, cuda:1, mps or cpu; unless given, the first of these that is there"),
+        ("dtype", ("bfloat16", "float32"), "of the matrix products; weights and optimizer are float32"),
+        ("out", str, "the run's folder; unless given runs/MODEL-sS-rR-seedSEED, with -2, -3 appended when taken"),
+        ("resume", str, "continue the run in this folder, with the flags stored there; auto: continue --out, or start it"),
+        ("eval-every", count, "steps between evaluations, each of which also saves"),
+        ("save-every", count, "steps between checkpoints"),
+        ("compile", bool, "torch.compile; on CUDA unless given"),
+        ("fsdp", bool, "shard weights, gradients and optimizer over torchrun's processes"),
+        ("checkpoint-activations", bool, "compute activations again in the backward pass: less memory, a third more time"),
     ):
-        choice = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        default = default or per_preset(name.replace("-", "_"))
-        parser.add_argument(f"--{name}", **choice, help=f"{text} (default: {default})")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+        choice = {"action": argparse.BooleanOptionalAction} if kind is bool else (
+            {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
+        default = "" if name in ("micro-batch-size", "out", "resume") else " (default: %(default)s)"
+        parser.add_argument(f"--{name}", help=text + default, **choice)
     return parser
 
 

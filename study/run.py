@@ -1,0 +1,125 @@
+"""Run named experiments, two runs at a time with one core each, into study/results.csv, one row a run.
+
+    python study/run.py                         # the experiments and how much of each is done
+    python study/run.py seeds lr                # run them; what is done is skipped, what stopped goes on
+    python study/run.py seeds --test            # and look at the test split, once, for the final table
+
+A run's folder is runs/study/ and its flags. The same run in two experiments is made once
+and has a row in each.
+"""
+import argparse
+import csv
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results.csv"
+COLUMNS = ("experiment", "seed", "s", "r", "lr", "decay_frac", "steps", "tokens", "epochs", "val_loss", "test_loss",
+           "val_bpb", "seconds", "command")
+
+
+def grid(**flags):
+    """Every combination of the flags' values, as command lines: grid(s=[1, 2], lr=[1e-3]) -> ["--s 1 --lr 0.001", ...]."""
+    values = [value if isinstance(value, list) else [value] for value in flags.values()]
+    return [" ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(flags, combination))
+            for combination in itertools.product(*values)]
+
+
+SWEEP = dict(lr=[0.75e-3, 1.5e-3, 3e-3], decay_frac=[0.2, 0.4])
+SMALLER = dict(n_embd=32, n_hidden=96, steps=18_000)            # 18,000 steps read 0.97 epochs at s = 6
+EXPERIMENTS = {
+    "sweep": grid(s=[1, 2], **SWEEP),                           # the same for both: learning rate and decay
+    "seeds": grid(s=[1, 2], seed=[0, 1, 2, 3, 4]),
+    "bags": grid(s=[3, 4, 6], seed=[0, 1, 2]),
+    "smaller": grid(s=[1, 2, 6], **SMALLER),                    # more tokens per parameter, for s = 6
+}
+
+
+def folder(flags):
+    return RUNS / flags.replace("--", "").replace(" ", "_")
+
+
+def finished(out):
+    """(args, last log line) of the run in a folder if it has reached its end, else None."""
+    try:
+        args = json.loads((out / "args.json").read_text())
+        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        return (args, last) if last["step"] == args["steps"] else None
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def train(flags):
+    """Make one run unless it is done. Its output goes to a file beside its folder."""
+    out = folder(flags)
+    if not finished(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{out}.txt", "a") as log:
+            subprocess.run([sys.executable, "train_tst.py", *flags.split(), "--out", str(out), "--resume", "auto"], stdout=log,
+                           stderr=log, cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return finished(out)
+
+
+def test_loss(out):
+    """The final model's next-token loss on the whole test split, nats per token."""
+    import torch
+
+    import data
+    from model import load_model
+    model, _ = load_model(out)
+    l, total = model.config.seq_len, 0.0
+    tokens = data.Stream(sorted(Path(HERE.parent / data.PYTHON_CORPUS).glob("*test*.bin")), model.config.vocab_size)
+    n = (len(tokens) - 1) // l
+    with torch.no_grad():
+        for k in range(0, n, 64):
+            rows = torch.stack([torch.from_numpy(tokens.read(i * l, l + 1)) for i in range(k, min(k + 64, n))])
+            total += model(*data.bags(rows, 1, 1)).item() * len(rows)
+    return total / n
+
+
+def row(experiment, flags, args, last, test):
+    train_tokens = sum(path.stat().st_size // 2 - 512 for path in (HERE.parent / args["data"]).glob("*train*.bin"))
+    known = {**args, **last, "experiment": experiment, "s": args["s"], "command": f"python train_tst.py {flags}",
+             "epochs": f"{last['tokens'] / train_tokens:.2f}", "test_loss": f"{test:.4f}" if test else "",
+             "seconds": f"{last['seconds']:.0f}", "lr": f"{args['lr']:g}"}
+    return {name: f"{known[name]:.4f}" if name in ("val_loss", "val_bpb") else known[name] for name in COLUMNS}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS])
+    parser.add_argument("--test", action="store_true", help="also compute test_loss")
+    args = parser.parse_args()
+    if not args.experiments:
+        for name, runs in EXPERIMENTS.items():
+            print(f"{name}: {sum(finished(folder(flags)) is not None for flags in runs)} of {len(runs)} runs done")
+        return
+    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    rows = {(line["experiment"], line["command"]): line for line in old}
+    jobs = [(name, flags) for name in args.experiments for flags in EXPERIMENTS[name]]
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(train, dict.fromkeys(flags for _, flags in jobs))
+        for flags, result in zip(dict.fromkeys(flags for _, flags in jobs), done):
+            if result is None:
+                print(f"did not finish: {flags}; see {folder(flags)}.txt")
+                continue
+            test = test_loss(folder(flags)) if args.test else None
+            for name in (name for name, other in jobs if other == flags):
+                new = row(name, flags, *result, test)
+                rows[name, new["command"]] = {**new, "test_loss": new["test_loss"] or
+                                              rows.get((name, new["command"]), new)["test_loss"]}
+                print(", ".join(f"{key} {value}" for key, value in new.items() if value != ""), flush=True)
+            with RESULTS.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows.values())
+
+
+if __name__ == "__main__":
+    main()
