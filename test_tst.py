@@ -691,18 +691,22 @@ def test_a_truncated_checkpoint_and_a_hostile_pickle_are_refused_and_run_nothing
 
 # Nothing is lost
 
-STOPS_AT = """
+STOPS = """
 import os, signal, sys
 sys.path.insert(0, os.getcwd())
 import train_tst
-learning_rate = train_tst.learning_rate
+learning_rate, fully_shard = train_tst.learning_rate, train_tst.fully_shard
+
+def sharding(*args, **more):
+    print("sharding", flush=True)
+    fully_shard(*args, **more)
 
 def interrupting(args, step):
     if step == int(os.environ["LAST"]) - 1 and train_tst.RANK == train_tst.WORLD - 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return learning_rate(args, step)
 
-train_tst.learning_rate = interrupting
+train_tst.learning_rate, train_tst.fully_shard = interrupting, sharding
 train_tst.main()
 """
 KILLS = """
@@ -779,11 +783,13 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(corpus, tmp_path):
 
 
 def test_one_process_and_two_with_ddp_and_two_with_fsdp_agree(corpus, tmp_path):
-    words = ("--steps", "30", "--micro-batch-size", "2")
+    words = ("--steps", "30", "--micro-batch-size", "2", "--seq-len", "13")     # 769 rows to validate: 1 is left for 2 processes
     train_tst.main(flags(corpus, tmp_path / "one", *words))
-    for name, more in (("ddp", []), ("fsdp", ["--fsdp", "--checkpoint-activations"])):
-        status, out, err = script("train_tst.py", *flags(corpus, tmp_path / name, *words, *more), processes=2)
+    (tmp_path / "stops.py").write_text(STOPS)
+    for name, parts, more in (("ddp", 0, []), ("fsdp", 3, ["--fsdp", "--checkpoint-activations"])):
+        status, out, err = script(tmp_path / "stops.py", *flags(corpus, tmp_path / name, *words, *more), processes=2, LAST="-1")
         assert status == 0 and out.count("flags in force") == 1, err            # one rank speaks
+        assert out.count("sharding") == 2 * parts
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
         for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / name), strict=True):
             assert two["val_loss"] == (None if one["val_loss"] is None else pytest.approx(one["val_loss"], rel=1e-5))
@@ -793,11 +799,10 @@ def test_one_process_and_two_with_ddp_and_two_with_fsdp_agree(corpus, tmp_path):
                                   ((2, "--fsdp"), (1, "--no-fsdp"), (2, "--no-fsdp"))])
 def test_a_checkpoint_of_any_number_of_processes_resumes_on_any_other(corpus, tmp_path, legs):
     train_tst.main(flags(corpus, tmp_path / "one"))
-    (tmp_path / "stops.py").write_text(STOPS_AT)
+    (tmp_path / "stops.py").write_text(STOPS)
     words = flags(corpus, tmp_path / "moved", "--resume", "auto")
     for (processes, fsdp), last in zip(legs, (3, 8, 10, 12)):                   # the switch is after step 6
-        status, out, err = script(tmp_path / "stops.py", *words, fsdp, processes=processes if processes > 1 else None,
-                                  LAST=str(last), PYTHONPATH=str(HERE))
+        status, out, err = script(tmp_path / "stops.py", *words, fsdp, processes=processes if processes > 1 else None, LAST=str(last))
         assert status == 0 and len(lines(tmp_path / "moved")) == last, err
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "one")[:last], rel=1e-5)
 
