@@ -2,6 +2,7 @@
 import argparse
 import base64
 import http.server
+import functools
 import importlib.util
 import io
 import json
@@ -1525,3 +1526,125 @@ def test_other_formats_are_recognised_and_refused_with_the_remedy(tmp_path, caps
         data.load(tmp_path)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and says in err and "python data.py text FILES --out FOLDER" in err
+
+
+# The plan
+
+spec = importlib.util.spec_from_file_location("plan", HERE / "study" / "plan.py")
+plan = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(plan)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """A function: words of a command line -> the plan's dict, in this process."""
+    monkeypatch.setenv("WORLD_SIZE", "1")                                       # which it sets, and this sets back
+    return lambda *words: plan.plan(plan.parse(list(map(str, words))))
+
+
+NARROW = ("--model", "270m", "--n-embd", 32, "--n-head", 4, "--n-kv-head", 2, "--n-hidden", 48, "--n-layer", 2, "--vocab-size", VOCAB,
+          "--seq-len", 320, "--batch-size", 4, "--micro-batch-size", 2)                  # SMALL, in two chunks of the head's loss
+
+
+@pytest.mark.parametrize("s", [3, 1])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_planned_flops_are_those_that_torch_counts_in_both_phases(planned, s, again):
+    model, rows = GPT(replace(SMALL, seq_len=320)), torch.randint(0, VOCAB, (4, 321 * s))
+    for block in model.blocks if again else ():
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*data.bags(rows, s, s)).backward()
+    found = planned(*NARROW, "--steps", 50, *["--checkpoint-activations"] * again)
+    assert found["flops_per_step"] == counter.get_total_flops() and found["flops"] == 50 * found["flops_per_step"]
+    assert found["model_flops_per_step"] == model.flops_per_token() * 4 * 320
+
+
+def test_the_planned_memory_and_checkpoint_are_those_of_a_cpu_run_of_270ms_width(planned, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, size in (("train", 6000), ("val", 300)):
+        shard(tmp_path / "data" / f"{split}_0.bin", np.arange(size) % 2048)
+    (tmp_path / "data" / "meta.json").write_text('{"tokenizer": "none", "vocab_size": 2048}')
+    words = ["--model", "270m", "--n-layer", "2", "--seq-len", "256", "--batch-size", "6", "--micro-batch-size", "3", "--steps", "2",
+             "--s", "2", "--r", "0.5", "--device", "cpu", "--data", str(tmp_path / "data")]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train_tst.main([*words, "--out", str(tmp_path / "run")])
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    peak = max(event["args"]["Total Allocated"] for event in trace if event["name"] == "[memory]")
+    found = planned(*words)
+    assert found["memory_per_device"]["total"] == pytest.approx(peak, rel=0.01)         # 10% are promised
+    assert found["checkpoint_bytes"] == pytest.approx((tmp_path / "run" / "ckpt.pt").stat().st_size, rel=0.01)
+
+
+def test_a_gpus_larger_chunks_of_the_heads_loss_are_counted(planned):
+    for rows in (128, 512):                                                     # of 16 positions: one chunk of 4,096, and two
+        with plan.LiveBytes() as live, torch.device("meta"):                    # takes a GPU's chunks
+            model, batch = GPT(replace(SMALL, vocab_size=9000)), torch.zeros(rows, 17, dtype=torch.int64)
+            for _ in range(2):
+                model(*data.bags(batch, 1, 1)).backward()
+        found = planned(*NARROW, "--seq-len", 16, "--vocab-size", 9000, "--batch-size", rows, "--micro-batch-size", rows, "--s", 1,
+                        "--device", "cuda", "--dtype", "float32", "--no-compile")["memory_per_device"]
+        assert found["total"] - found["optimizer"] == pytest.approx(live.peak, rel=0.02)
+
+
+def test_a_layer_keeps_what_the_list_of_its_tensors_says_and_checkpointed_only_its_input(planned):
+    q, k = torch.zeros(1, 4, 2, 8, requires_grad=True), torch.zeros(1, 2, 2, 8)
+    if "Flash" not in F.scaled_dot_product_attention(q, k, k, enable_gqa=True).grad_fn.name():
+        pytest.skip("the CPU's attention of this PyTorch keeps all scores")
+
+    def kept_by_a_layer(*words):
+        """What the third one adds, in bytes per position."""
+        two, three = (planned(*NARROW, "--n-layer", n, *words)["memory_per_device"]["activations"] for n in (2, 3))
+        return (three - two) / (2 * 320)
+
+    d, kv, hidden, heads = 32, 16, 48, 4
+    copies = 2 * (d * (d + 2 * kv) + d * d + 3 * d * hidden) / (2 * 320)        # of the weights, in bfloat16
+    norm = 4 * d + 4 + 4 * d + 2 * d                                            # input, 1 / rms, output, its bfloat16
+    attention = 2 * (d + 2 * kv) + 2 * (d + kv) + 4 * heads + 2 * d + 2 * d     # qkv, rotated qk, logsumexp, y, y joined
+    swiglu = 2 * 2 * hidden + 2 * hidden + 2 * hidden                           # gate and up, silu(gate), their product
+    eager = norm + attention + norm + swiglu + copies
+    assert kept_by_a_layer("--no-compile") == eager
+    assert 4 * d + attention - 4 * d + copies < kept_by_a_layer("--compile") < eager - 8 * d
+    assert kept_by_a_layer("--checkpoint-activations") == 4 * d + copies
+    assert kept_by_a_layer("--checkpoint-activations", "--fsdp") == 4 * d
+
+
+def test_the_object_adds_up_and_fsdp_divides_what_is_stored(planned):
+    words = ("--model", "3b", "--n-layer", 2, "--devices", 8, "--gpu", "h100", "--mfu", "0.4", "--no-compile")
+    plain, sharded = planned(*words), json.loads(script("study/plan.py", *words, "--fsdp", "--json")[1])
+    for found, shards in ((plain, 1), (sharded, 8)):
+        memory = found["memory_per_device"]
+        assert [memory[name] for name in ("weights", "gradients", "optimizer")] == [n * found["parameters"] // shards for n in (4, 4, 8)]
+        assert memory.pop("total") == sum(memory.values())
+        assert found["checkpoint_bytes"] == 12 * found["parameters"] and found["micro_batch_size"] == 4
+        assert found["vocab_size"] == 50_257 and found["superposition_tokens"] == 6 * 6000 * 2 ** 19
+        assert found["recovery_tokens"] == 14_000 * 2 ** 19 and found["shards"] == 263
+        assert found["flops"] == 20_000 * found["flops_per_step"]
+        assert found["gpu_hours"] == pytest.approx(8 * found["hours"]) == pytest.approx(found["flops"] / 989e12 / 0.4 / 3600)
+    assert sharded["memory_per_device"]["gathered"] > 0 == plain["memory_per_device"]["gathered"]
+
+
+def test_the_papers_hours_are_the_utilisations_counted_by_hand(capsys):
+    plan.main(["--paper", "--json"])
+    assert json.loads(capsys.readouterr().out) == pytest.approx({"270m": 0.23, "600m": 0.29, "3b": 0.43}, abs=0.006)
+
+
+def test_the_planned_vocabulary_is_that_of_the_data_there_or_to_come(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.chdir(tmp_path)                                                 # where there is no data/python
+    for model, more, size in (("tiny", [], 4096), ("270m", [], 50_257), ("270m", ["--data", corpus], VOCAB),
+                              ("270m", ["--data", corpus, "--vocab-size", 128_256], 128_256)):
+        assert plan.parse(["--model", model, *map(str, more)]).vocab_size == size
+
+
+@pytest.mark.parametrize("bad, names", [
+    (["--gpu", "h1000"], "--gpu"), (["--mfu", "0"], "--mfu"), (["--mfu", "1.1"], "--mfu"), (["--devices", "0"], "--devices"),
+    (["--devices", "3"], "--batch-size 8 does not divide by the 3"), (["--device", "tpu"], "--device tpu"), (["--sorcery"], "--sorcery"),
+    (["--micro-batch-size", "5"], "--micro-batch-size 5"), (["--resume", "runs/x"], "--resume runs/x"), (["--vocab-size", "0"], "--vocab"),
+])
+def test_bad_flags_of_the_plan_end_in_one_clear_line(monkeypatch, capsys, bad, names):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit) as stop:
+        plan.main(["--model", "tiny", *bad])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and names in err

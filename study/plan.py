@@ -1,0 +1,177 @@
+"""What a run will take, before it is paid for: FLOPs, tokens, memory per device, time. Nothing is trained.
+
+    python study/plan.py --model 3b --fsdp --devices 8 --gpu h100 --mfu 0.4     # and any flag of train_tst.py
+    python study/plan.py --paper            # the utilisations behind the paper's B200-hours
+
+A micro-batch's memory is measured: the model runs on fake tensors, which have shapes and no storage, and
+`LiveBytes` adds up what is alive. With --compile, the default on a GPU, torch.compile itself picks what the
+blocks keep. The fake device is a CPU, whose eager norms keep more than a GPU's, and below PyTorch 2.13
+perhaps its attention, with the blocks as if eager: there the plan is too high.
+Left out: the CUDA context and workspaces (about 1 GB), NCCL's buffers, the allocator's gaps, and of the time
+evaluations, checkpoints and waiting. The head's loss counts as eager, gradients as always there.
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import train_tst
+from model import GPT, PRESETS
+from train_tst import PEAK_FLOPS, SHAPE_FLAGS, number, set_default
+
+# B200-hours of 20,000 steps, and the trunk where it is narrower than the preset of that name.
+PAPER = {"270m": (34, dict(n_embd=576, n_head=9, n_kv_head=3, n_hidden=1536)),
+         "600m": (61, dict(n_embd=960, n_head=15, n_kv_head=5, n_hidden=2560)), "3b": (247, {})}
+ECHOED = ("devices", "gpu", "mfu", "micro_batch_size", "dtype", "compile", "vocab_size")
+
+
+def plan(args):
+    """All of it as a dict, in FLOPs, tokens, bytes and hours (None where no peak is known). args are `parse`'s."""
+    shape = {name: getattr(args, name) for name in (*SHAPE_FLAGS, "vocab_size", "seq_len")}
+    config = replace(PRESETS[args.model], **shape)
+    with torch.device("meta"):
+        model = GPT(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)           # the norms' gains are nothing
+    positions = args.batch_size * args.seq_len                          # that the trunk sees in a step
+    switch_step = round(args.r * args.steps) if max(args.s_in, args.s_out) > 1 else 0
+    tokens = switch_step * positions * args.s_in, (args.steps - switch_step) * positions
+
+    model_flops, again = model.flops_per_token() * positions, 0
+    if args.checkpoint_activations:         # blocks run forward again, up to their last product, whose inputs will do
+        products = 2 * (blocks - config.n_layer * config.n_embd * config.n_hidden)
+        again = (products + 4 * config.n_layer * config.n_embd * args.seq_len) * positions
+    flops = (model_flops + again) * args.steps
+    known = args.device.startswith("cuda") and args.dtype == "bfloat16"
+    gpu_hours = flops / (PEAK_FLOPS[args.gpu] * args.mfu) / 3600 if known else None
+
+    stored, shards, gathered = 4 * parameters, 1, 0                     # float32
+    activations = micro_batch_bytes(config, args, (args.s_in, args.s_out) if switch_step else (1, 1)) - 2 * stored
+    if args.fsdp:       # whole: the tables, and a block with its gradients; autocast's copies of the others do not stay
+        size = 2 if args.dtype == "bfloat16" else 4
+        shards, gathered = args.devices, (parameters - blocks + 2 * blocks // config.n_layer) * size
+        activations -= 2 * blocks if size == 2 else 0
+    memory = {"weights": stored // shards, "gradients": stored // shards, "optimizer": 2 * stored // shards,
+              "gathered": gathered, "activations": activations}
+    return {"parameters": parameters, "model_flops_per_step": model_flops, "flops_per_step": model_flops + again,
+            "flops": flops, "superposition_tokens": tokens[0], "recovery_tokens": tokens[1],
+            "shards": math.ceil(sum(tokens) / data.SHARD_TOKENS),
+            "memory_per_device": {**memory, "total": sum(memory.values())}, "checkpoint_bytes": 3 * stored,
+            "hours": gpu_hours and gpu_hours / args.devices, "gpu_hours": gpu_hours,
+            **{name: getattr(args, name) for name in ECHOED}}
+
+
+def micro_batch_bytes(config, args, bag):
+    """Peak of weights, gradients and a micro-batch of bags (s_in, s_out), forward and backward, on one device."""
+    with FakeTensorMode(), LiveBytes() as live:
+        model = GPT(config)
+        for block in model.blocks:
+            if args.checkpoint_activations:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            elif args.compile:              # saves what the default backend would, and generates no code
+                block.compile(backend="aot_eager_decomp_partition", dynamic=False)
+        rows = torch.zeros(args.micro_batch_size, args.seq_len * bag[0] + bag[1], dtype=torch.int64)
+        for _ in range(2):                  # the first makes the gradients, and compiles
+            live.peak = 0
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                loss = model(*data.bags(rows, *bag))
+            loss.backward()
+            del loss
+
+    def logits(chunk):      # of `ChunkedHeadLoss`: as the product gives them, in float32, and those of the chunk before
+        n = args.micro_batch_size * args.seq_len
+        return min(n, chunk) * model.head.out_features * (4 + 2 * (args.dtype == "bfloat16") + 4 * (n > chunk))
+
+    return live.peak + (logits(4096) - logits(512) if args.device.startswith("cuda") else 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all storages that operators made inside and that are still there: `live` now, `peak` at most."""
+    live = peak = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and not hasattr(storage, "counted"):             # not a view of one
+                storage.counted = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, size):
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    @classmethod
+    def ignore_compile_internals(cls):      # or torch.compile does nothing inside
+        return True
+
+
+def paper():
+    """{model: utilisation} behind the paper's B200-hours, for steps of 2^21 s-tokens, its vocabulary, and l = 2,048."""
+    found = {}
+    for name, (hours, trunk) in PAPER.items():
+        with torch.device("meta"):          # the paper does not give l
+            model = GPT(replace(PRESETS[name], vocab_size=128_256, seq_len=2048, **trunk))
+        found[name] = model.flops_per_token() * 2 ** 21 * 20_000 / (hours * 3600 * PEAK_FLOPS["B200"])
+    return found
+
+
+def parse(argv=None):
+    """The training script's flags and the plan's own, defaults filled in for a GPU. SystemExit(2) on bad input."""
+    parser = train_tst.make_parser()
+    parser.description = __doc__
+    for flag in {"--fsdp", "--checkpoint-activations"} - set(parser._option_string_actions):
+        parser.add_argument(flag, action="store_true")                  # until train_tst.py has them
+    parser.add_argument("--devices", type=number(int, 1), default=1, help="processes, one a GPU (default: 1)")
+    parser.add_argument("--gpu", type=str.upper, choices=PEAK_FLOPS, default="H100", help="(default: H100)")
+    parser.add_argument("--mfu", type=number(float, 0, 1, above=True), default=0.4,
+                        help="utilisation of its peak, recomputed FLOPs included (default: 0.4)")
+    parser.add_argument("--vocab-size", type=number(int, 1), help="(default: that of --data, or GPT-2's)")
+    parser.add_argument("--json", action="store_true", help="print one object, memory in bytes")
+    parser.add_argument("--paper", action="store_true", help="print the utilisations behind the paper's GPU hours")
+    args = parser.parse_args(argv)
+    if args.resume:
+        data.fail(f"--resume {args.resume}: a plan is of a whole run; leave it out, and give that run's flags")
+    set_default(args, device="cuda", data="data/fineweb" if args.model not in (None, "tiny") else None)
+    set_default(args, dtype="bfloat16" if args.device.startswith("cuda") else "float32")
+    train_tst.fill_defaults(args)
+    meta, builtin = Path(args.data) / "meta.json", Path(args.data) == data.PYTHON_CORPUS        # there now, or to come
+    set_default(args, vocab_size=data.read_json(meta, tokenizer=str, vocab_size=int)["vocab_size"] if meta.exists()
+                else data.VOCAB_SIZE if builtin else data.GPT2["vocab_size"])
+    os.environ["WORLD_SIZE"] = str(args.devices)                        # as torchrun would
+    device = "cpu" if args.device.startswith(("cuda", "mps")) else args.device          # none need be on this machine
+    train_tst.check(argparse.Namespace(**{**vars(args), "device": device}))
+    args.micro_batch_size = train_tst.micro_batch_size(args)
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    found = paper() if args.paper else plan(args)
+    if args.json:
+        return print(json.dumps(found))
+    for name, value in found.items():
+        if name == "memory_per_device":
+            value = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in value.items())
+        elif type(value) in (int, float):
+            value = f"{value:.4g}" if value > 1e13 or type(value) is float else f"{value:,}"
+        print(f"{name.replace('_', ' '):22}{value}")
+
+
+if __name__ == "__main__":
+    main()
