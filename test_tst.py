@@ -2,7 +2,6 @@
 import argparse
 import base64
 import http.server
-import functools
 import importlib.util
 import io
 import json
@@ -1538,7 +1537,7 @@ spec.loader.exec_module(plan)
 @pytest.fixture
 def planned(monkeypatch):
     """A function: words of a command line -> the plan's dict, in this process."""
-    monkeypatch.setenv("WORLD_SIZE", "1")                                       # which it sets, and this sets back
+    monkeypatch.setattr(train_tst, "WORLD", 1)                                       # which it sets, and this sets back
     return lambda *words: plan.plan(plan.parse(list(map(str, words))))
 
 
@@ -1550,8 +1549,7 @@ NARROW = ("--model", "270m", "--n-embd", 32, "--n-head", 4, "--n-kv-head", 2, "-
 @pytest.mark.parametrize("again", [False, True])
 def test_the_planned_flops_are_those_that_torch_counts_in_both_phases(planned, s, again):
     model, rows = GPT(replace(SMALL, seq_len=320)), torch.randint(0, VOCAB, (4, 321 * s))
-    for block in model.blocks if again else ():
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    model.checkpoint_activations = again
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*data.bags(rows, s, s)).backward()
     found = planned(*NARROW, "--steps", 50, *["--checkpoint-activations"] * again)
@@ -1630,7 +1628,7 @@ def test_the_papers_hours_are_the_utilisations_counted_by_hand(capsys):
 
 
 def test_the_planned_vocabulary_is_that_of_the_data_there_or_to_come(corpus, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(train_tst, "WORLD", 1)
     monkeypatch.chdir(tmp_path)                                                 # where there is no data/python
     for model, more, size in (("tiny", [], 4096), ("270m", [], 50_257), ("270m", ["--data", corpus], VOCAB),
                               ("270m", ["--data", corpus, "--vocab-size", 128_256], 128_256)):
@@ -1643,7 +1641,7 @@ def test_the_planned_vocabulary_is_that_of_the_data_there_or_to_come(corpus, tmp
     (["--micro-batch-size", "5"], "--micro-batch-size 5"), (["--resume", "runs/x"], "--resume runs/x"), (["--vocab-size", "0"], "--vocab"),
 ])
 def test_bad_flags_of_the_plan_end_in_one_clear_line(monkeypatch, capsys, bad, names):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(train_tst, "WORLD", 1)
     with pytest.raises(SystemExit) as stop:
         plan.main(["--model", "tiny", *bad])
     out, err = capsys.readouterr()

@@ -11,10 +11,8 @@ Left out: the CUDA context and workspaces (about 1 GB), NCCL's buffers, the allo
 evaluations, checkpoints and waiting. The head's loss counts as eager, gradients as always there.
 """
 import argparse
-import functools
 import json
 import math
-import os
 import sys
 import weakref
 from dataclasses import replace
@@ -24,13 +22,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train_tst
 from model import GPT, PRESETS
-from train_tst import PEAK_FLOPS, SHAPE_FLAGS, number, set_default
+from train_tst import PEAK_FLOPS, SHAPE_FLAGS, number
 
 # B200-hours of 20,000 steps, and the trunk where it is narrower than the preset of that name.
 PAPER = {"270m": (34, dict(n_embd=576, n_head=9, n_kv_head=3, n_hidden=1536)),
@@ -78,10 +75,9 @@ def micro_batch_bytes(config, args, bag):
     """Peak of weights, gradients and a micro-batch of bags (s_in, s_out), forward and backward, on one device."""
     with FakeTensorMode(), LiveBytes() as live:
         model = GPT(config)
+        model.checkpoint_activations = args.checkpoint_activations
         for block in model.blocks:
-            if args.checkpoint_activations:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-            elif args.compile:              # saves what the default backend would, and generates no code
+            if args.compile and not args.checkpoint_activations:    # saves what the default backend would, and generates no code
                 block.compile(backend="aot_eager_decomp_partition", dynamic=False)
         rows = torch.zeros(args.micro_batch_size, args.seq_len * bag[0] + bag[1], dtype=torch.int64)
         for _ in range(2):                  # the first makes the gradients, and compiles
@@ -135,27 +131,28 @@ def parse(argv=None):
     """The training script's flags and the plan's own, defaults filled in for a GPU. SystemExit(2) on bad input."""
     parser = train_tst.make_parser()
     parser.description = __doc__
-    for flag in {"--fsdp", "--checkpoint-activations"} - set(parser._option_string_actions):
-        parser.add_argument(flag, action="store_true")                  # until train_tst.py has them
     parser.add_argument("--devices", type=number(int, 1), default=1, help="processes, one a GPU (default: 1)")
     parser.add_argument("--gpu", type=str.upper, choices=PEAK_FLOPS, default="H100", help="(default: H100)")
-    parser.add_argument("--mfu", type=number(float, 0, 1, above=True), default=0.4,
+    parser.add_argument("--mfu", type=number(float, 1e-3, 1), default=0.4,
                         help="utilisation of its peak, recomputed FLOPs included (default: 0.4)")
     parser.add_argument("--vocab-size", type=number(int, 1), help="(default: that of --data, or GPT-2's)")
-    parser.add_argument("--json", action="store_true", help="print one object, memory in bytes")
-    parser.add_argument("--paper", action="store_true", help="print the utilisations behind the paper's GPU hours")
+    parser.add_argument("--json", action="store_true", default=False, help="print one object, memory in bytes")
+    parser.add_argument("--paper", action="store_true", default=False, help="print the utilisations behind the paper's hours")
+    given = vars(parser.parse_known_args(argv)[0])
+    if "resume" in given:
+        data.fail(f"--resume {given['resume']}: a plan is of a whole run; leave it out, and give that run's flags")
+    given = {"device": "cuda", **({"data": "data/fineweb"} if given.get("model", "tiny") != "tiny" else {}), **given}
+    given = {"dtype": "bfloat16" if given["device"].startswith("cuda") else "float32", **given}
+    parser.set_defaults(**train_tst.default_flags(given))
+    parser.add_argument("-h", "--help", action="help", help="show this message: the defaults are those of --model")
     args = parser.parse_args(argv)
-    if args.resume:
-        data.fail(f"--resume {args.resume}: a plan is of a whole run; leave it out, and give that run's flags")
-    set_default(args, device="cuda", data="data/fineweb" if args.model not in (None, "tiny") else None)
-    set_default(args, dtype="bfloat16" if args.device.startswith("cuda") else "float32")
-    train_tst.fill_defaults(args)
     meta, builtin = Path(args.data) / "meta.json", Path(args.data) == data.PYTHON_CORPUS        # there now, or to come
-    set_default(args, vocab_size=data.read_json(meta, tokenizer=str, vocab_size=int)["vocab_size"] if meta.exists()
-                else data.VOCAB_SIZE if builtin else data.GPT2["vocab_size"])
-    os.environ["WORLD_SIZE"] = str(args.devices)                        # as torchrun would
+    if "vocab_size" not in given:
+        args.vocab_size = (data.read_json(meta, tokenizer=str, vocab_size=int)["vocab_size"] if meta.exists()
+                           else data.VOCAB_SIZE if builtin else data.GPT2["vocab_size"])
+    train_tst.WORLD = args.devices                                      # as torchrun would
     device = "cpu" if args.device.startswith(("cuda", "mps")) else args.device          # none need be on this machine
-    train_tst.check(argparse.Namespace(**{**vars(args), "device": device}))
+    train_tst.check(argparse.Namespace(**{**vars(args), "device": device}), taken=False)
     args.micro_batch_size = train_tst.micro_batch_size(args)
     return args
 
