@@ -232,12 +232,11 @@ class ChunkedHeadLoss(torch.autograd.Function):
         for chunk, target in zip(x.split(rows), targets.split(rows)):
             z = at_least_float32(F.linear(chunk, head))                 # (rows, V)
             hit = (z.gather(1, target) * weights.to(z)).sum(1)              # not @, which autocast takes to bfloat16
-            top = z.amax(1, keepdim=True)
-            z.sub_(top).exp_()
-            total = z.sum(1, keepdim=True)
-            loss = loss + ((total.log() + top).squeeze(1) - hit).sum()
+            top = z.amax(1)
+            torch.softmax(z, 1, out=z)                                  # in place; its largest is 1 / sum(exp(z - top))
+            loss = loss + (top - z.amax(1).log() - hit).sum()
             if with_grad:
-                z = z.div_(total).scatter_add_(1, target, -weights.to(z).expand_as(target)).to(chunk.dtype)
+                z = z.scatter_add_(1, target, -weights.to(z).expand_as(target)).to(chunk.dtype)
                 grad_x.append(z @ head)
                 grad_head += z.T @ chunk
         if with_grad:

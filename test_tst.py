@@ -161,6 +161,17 @@ def test_the_chunked_loss_has_the_value_and_gradients_of_the_plain_one(dtype, to
         torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance * slow.abs().max().item())
 
 
+def test_the_chunked_loss_is_right_where_the_targets_probability_underflows():
+    model = GPT(SMALL)
+    with torch.no_grad():
+        model.head.weight[:] = 0
+        model.head.weight[:100] = -50                                           # logits of -1600 and 0
+    x, targets = torch.ones(1, 16, 32), torch.tensor([7, 101]).expand(1, 16, 2)
+    loss = model.loss(x, targets)
+    assert loss.item() == pytest.approx(800 + math.log(156), rel=1e-6)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, [model.head.weight]))
+
+
 def test_the_weights_of_the_targets_stay_in_float32_under_autocast():
     model = GPT(SMALL)
     with torch.no_grad():
