@@ -202,19 +202,18 @@ def table_rows(vocab_size):
 
 
 def rope_table(length, head_dim, theta):
-    """cos and sin of the rotary angles, each (length, head_dim / 2) float32 (RoFormer, arXiv 2104.09864).
+    """cos and signed sin of the rotary angles, each (length, head_dim) float32 (RoFormer, arXiv 2104.09864).
 
     In Hugging Face's order of operations, for the same rounding, which far positions would magnify.
     """
     frequency = 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
+    return torch.cat((angle, angle), 1).cos(), torch.cat((-angle, angle), 1).sin()
 
 
 def rope(x, cos, sin):
     """Rotate the pairs (i, i + head_dim / 2), Hugging Face's half-split layout; x (B, heads, l, head_dim)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
