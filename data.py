@@ -12,20 +12,21 @@ import argparse
 import base64
 import contextlib
 import functools
-import hashlib
 import heapq
 import importlib.util
+import itertools
 import json
 import math
 import os
 import random
-import shutil
 import sys
 import sysconfig
+import tempfile
 import time
-import uuid
 from collections import Counter, defaultdict
+from hashlib import sha256
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import regex
@@ -39,7 +40,8 @@ SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 100_000_000
 HEADER_BYTES = 1024
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}      # llm.c's (magic, version)
-BATCH_CHARS, DOCUMENT_CHARS = 2 ** 24, 2 ** 18          # tokenized at once; a longer text file is cut into documents
+MAX_VOCAB = 2 ** 20                     # larger numbers come from damaged files
+BATCH_DOCUMENTS, DOCUMENT_CHARS = 128, 2 ** 16          # tokenized at once; a longer text file is cut into documents
 REMEDY = ("`python data.py fineweb --shards 10` downloads shards, `python data.py text FILES --out FOLDER` makes them "
           "from text, and without --data the corpus is the built-in one")
 
@@ -47,7 +49,7 @@ GPT2 = {"tokenizer": "gpt2", "vocab_size": 50_257}
 FINEWEB = {                             # start of the files' names: training shards: Hugging Face dataset
     "fineweb": {103: "kjj0/fineweb10B-gpt2", 1030: "kjj0/fineweb100B-gpt2"},
     "finewebedu": {99: "kjj0/finewebedu10B-gpt2"}}
-RETRIES, BACKOFF = 6, 1.0               # times in a row that bring no byte; seconds, doubled each time
+RETRIES, BACKOFF = 8, 1.0               # of a shard's download; seconds, doubled each time
 
 PYTHON_CORPUS = Path("data/python")     # this path names the built-in corpus, which is made when absent
 PYTHON_PACKAGES = ("torch torchgen functorch numpy tiktoken tqdm sympy mpmath networkx jinja2 fsspec filelock "
@@ -64,13 +66,6 @@ PATTERNS = {                            # of the tokenizers whose files hold byt
               r"|\s*[\r\n]+|\s+(?!\S)|\s+"}
 
 
-def fail(message, status=2, anywhere=False):
-    """One line on standard error, and exit; of the processes on a machine only the first speaks, unless anywhere."""
-    if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
 def bags(rows, s_in, s_out):
     """rows (B, l * s_in + s_out) -> inputs (B, l, s_in) and targets (B, l, s_out).
 
@@ -84,32 +79,31 @@ def bags(rows, s_in, s_out):
 class Batches:
     """The rows of every training batch, with no state: resuming is asking for another step.
 
-    Each phase owns a stretch of the stream, in proportion to the tokens it will read,
-    cut into windows of l * s_in tokens (a row also reads the s_out tokens after its
-    window, as its last target). Row after row, the windows are visited from an offset
-    drawn from the seed in strides near the golden section of their number, so that a
-    batch, and successive batches, are spread over the whole stretch. The stride is
-    coprime to the number: no window comes twice before all have come once.
+    Each phase owns a stretch of the stream, in proportion to the tokens it will read, cut
+    into windows of l * s_in tokens (a row reads s_out more, as its last target). Row after
+    row, they are visited from an offset drawn from the seed, in strides near the golden
+    section of their number: successive rows are far apart. The stride is coprime to the
+    number: no window comes twice before all have come once.
 
     tokens: a `Stream`; phases: [(steps, s_in, s_out), ...]. `epochs` says how often the
     run will read the data. SystemExit(2) if a stretch is too short for one batch.
     """
 
     def __init__(self, tokens, phases, batch_size, seq_len, seed):
-        self.tokens, self.batch_size, self.seq_len = tokens, batch_size, seq_len
-        self.phases, self.epochs = [], 0.0
-        reads = np.cumsum([0] + [steps * s_in for steps, s_in, _ in phases])
-        cuts = [len(tokens) * int(read) // int(reads[-1]) for read in reads]
-        first_step = 0
+        self.tokens, self.batch_size = tokens, batch_size
+        self.phases, self.epochs, first_step = [], 0.0, 0
+        reads = np.cumsum([0] + [steps * s_in for steps, s_in, _ in phases]).tolist()
+        cuts = [len(tokens) * read // reads[-1] for read in reads]
         for k, (steps, s_in, s_out) in enumerate(phases):
             windows = (cuts[k + 1] - cuts[k] - s_out) // (seq_len * s_in)
-            if steps and windows < batch_size:
-                fail(f"{len(tokens):,} training tokens are too few for one batch of {batch_size} rows of {seq_len} bags "
+            if steps == 0:
+                continue
+            if windows < batch_size:
+                fail(f"{len(tokens):,} training tokens are too few for a batch of {batch_size} rows of {seq_len} bags "
                      f"of {s_in}: bring more data, or lower --batch-size, --seq-len or --s")
-            if steps:
-                offset = int(np.random.default_rng((seed, k)).integers(windows))
-                self.phases.append((first_step, cuts[k], windows, seq_len * s_in, s_out, offset))
-                self.epochs = max(self.epochs, steps * batch_size / windows)
+            offset = int(np.random.default_rng((seed, k)).integers(windows))
+            self.phases.append((first_step, cuts[k], windows, seq_len * s_in, s_out, offset))
+            self.epochs = max(self.epochs, steps * batch_size / windows)
             first_step += steps
 
     def rows(self, step, first, count):
@@ -135,18 +129,18 @@ def golden_stride(n):
 
 
 class Stream:
-    """The tokens of one split as one long sequence over its memory-mapped shards.
+    """The tokens of one split, in llm.c shards in reading order, as one long sequence over their memory maps.
 
-    files: paths of llm.c shards in reading order; vocab_size: ids from it on are
-    refused. SystemExit(2) on a file that is not a whole shard.
+    SystemExit(2) on a file that is not a whole shard, and on a token id from vocab_size on when it is read.
     """
 
     def __init__(self, files, vocab_size):
         self.files, self.vocab_size = files, vocab_size
         self.shard = functools.lru_cache(500)(read_shard)   # each holds a file open, of which a process has 1,024 or so
-        for file in files:                                  # the rest is checked as it is read
-            self.check(self.shard(file)[:2 ** 20], file)
-        self.ends = np.cumsum([len(self.shard(file)) for file in files])
+        lengths = [len(self.shard(file)) for file in files]
+        self.ends = np.cumsum(lengths)
+        for end, length in zip(self.ends, lengths):         # a first look: the rest is checked as it is read
+            self.read(end - length, min(length, 2 ** 16))
 
     def __len__(self):
         return int(self.ends[-1])
@@ -156,15 +150,12 @@ class Stream:
         parts, k = [], int(np.searchsorted(self.ends, start, side="right"))
         while n > 0:
             part = self.shard(self.files[k])[start - self.ends[k]:][:n]    # counted from the shard's end, so negative
+            if part.max() >= self.vocab_size:
+                fail(f"{self.files[k]}: token id {part.max()} is beyond the vocabulary of {self.vocab_size}; are these "
+                     "shards of another tokenizer?")
             parts.append(part)
             start, n, k = start + len(part), n - len(part), k + 1
-        return self.check(np.concatenate(parts).astype(np.int64), self.files[k - 1])
-
-    def check(self, tokens, file):
-        if tokens.max() >= self.vocab_size:
-            fail(f"{file}: token id {tokens.max()} is beyond the vocabulary of {self.vocab_size}; are these shards of "
-                 "another tokenizer?")
-        return tokens
+        return np.concatenate(parts).astype(np.int64)
 
 
 def read_shard(path):
@@ -173,9 +164,8 @@ def read_shard(path):
     *kind, count = map(int, np.fromfile(path, "<i4", 3)) if size >= HEADER_BYTES else (0, 0, 0)
     dtype = FORMATS.get(tuple(kind))
     if dtype is None:
-        what = ": nanoGPT's, without a header" if path.name in ("train.bin", "val.bin") else ""
-        fail(f"{path}: not an llm.c shard (256 int32 that start {' or '.join(map(str, FORMATS))}, then tokens){what}; "
-             + REMEDY)
+        what = "nanoGPT's, without a header" if path.name in ("train.bin", "val.bin") else "no header of llm.c's"
+        fail(f"{path}: not an llm.c shard ({what}); {REMEDY}")
     if count < 1 or size != HEADER_BYTES + dtype.itemsize * count:
         fail(f"{path}: its header promises {count:,} tokens, {HEADER_BYTES + dtype.itemsize * count:,} bytes, and the "
              f"file has {size:,}: truncated or damaged; delete it, and make or download it again")
@@ -184,7 +174,8 @@ def read_shard(path):
 
 def write_shard(path, tokens):
     """Write tokens, (count,) integers, as an llm.c shard: of uint32 if they are an array of that, else of uint16."""
-    header, dtype = np.zeros(256, "<i4"), np.dtype("<u4" if tokens.dtype == np.uint32 else "<u2")
+    dtype = np.dtype("<u4" if tokens.dtype == np.uint32 else "<u2")
+    header = np.zeros(256, "<i4")
     header[:3] = *next(kind for kind, stored in FORMATS.items() if stored == dtype), len(tokens)
     with open(path, "wb") as file:
         file.write(header)
@@ -194,27 +185,28 @@ def write_shard(path, tokens):
 def load(folder):
     """Open a folder of shards: (train Stream, val Stream, meta dict, tiktoken.Encoding or None).
 
-    meta has `tokenizer`, `vocab_size` and `hash`, from meta.json, where a hash may lack;
-    without one the shards are taken for GPT-2's, as llm.c's and modded-nanogpt's are.
-    The encoding is None where it would have to be downloaded and cannot be.
+    meta has `tokenizer`, `vocab_size` and `hash`; without a meta.json the shards are taken
+    for GPT-2's, as llm.c's and modded-nanogpt's are. The encoding is None where it would
+    have to be downloaded and cannot be. SystemExit(2) on what is missing or damaged.
     """
-    folder = Path(folder)
-    files = {split: sorted(folder.glob(f"*{split}*.bin")) for split in ("train", "val")}
-    for split, found in files.items():
-        if not found:
+    folder, streams = Path(folder), []
+    path = folder / "meta.json"
+    meta = read_json(path, tokenizer=str, vocab_size=int) if path.exists() else dict(GPT2)
+    if not 0 < meta["vocab_size"] <= MAX_VOCAB:
+        fail(f"{path}: vocab_size {meta['vocab_size']} is not between 1 and {MAX_VOCAB:,}; mend it")
+    for split in ("train", "val"):
+        files = sorted(folder.glob(f"*{split}*.bin"))
+        if not files:
             npy = ", but .npy files, build-nanogpt's, which are not read" if any(folder.glob("*.npy")) else ""
             fail(f"--data {folder}: no *{split}*.bin there{npy}; {REMEDY}")
-    if (folder / "meta.json").exists():
-        meta = read_json(folder / "meta.json", tokenizer=str, vocab_size=int)
-    else:
-        meta = dict(GPT2)
-    streams = [Stream(found, meta["vocab_size"]) for found in files.values()]
+        streams.append(Stream(files, meta["vocab_size"]))
     if "hash" not in meta:              # of names, sizes and beginnings: the content can be tens of GB
-        meta["hash"] = sha256(*(f"{file.name} {len(stream.shard(file))} ".encode() + stream.shard(file)[:4096].tobytes()
-                                for stream in streams for file in stream.files))
+        shards = [(file.name, stream.shard(file)) for stream in streams for file in stream.files]
+        content = b"".join(f"{name} {len(shard)} ".encode() + shard[:4096].tobytes() for name, shard in shards)
+        meta["hash"] = sha256(content).hexdigest()
     encoding = load_encoding(folder, meta["tokenizer"])
     if encoding and encoding.n_vocab != meta["vocab_size"]:
-        fail(f"{folder / 'meta.json'}: vocab_size {meta['vocab_size']} is not the {encoding.n_vocab} of its tokenizer")
+        fail(f"{path}: vocab_size {meta['vocab_size']} is not the {encoding.n_vocab} of its tokenizer; mend it")
     return *streams, meta, encoding
 
 
@@ -222,18 +214,29 @@ def read_json(path, **fields):
     """The object in a JSON file, its named fields checked for their types."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if type(found) is dict and all(type(found[name]) is kind for name, kind in fields.items()):
+        if all(type(found[name]) is kind for name, kind in fields.items()):
             return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    fail(f"{path}: not a JSON object with the fields {', '.join(fields)}; make it again, or restore it from a copy")
+    fail(f"{path}: not a JSON object with the fields {', '.join(fields)}; mend it, or make its folder again")
 
 
-def sha256(*parts):
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+def fail(message, status=2, anywhere=False):
+    """One line on standard error, and exit; of the processes on a machine only the first speaks, unless anywhere."""
+    if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def byte_pair_encoding(name, pattern, ranks, special_tokens=None):
+    """The tiktoken.Encoding of ranks {bytes: id}. ValueError where tiktoken would panic, at once or when encoding."""
+    special_tokens = special_tokens or {END_OF_TEXT: len(ranks)}
+    ids = [*ranks.values(), *special_tokens.values()]
+    in_range = all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids)
+    every_byte = all(bytes([byte]) in ranks for byte in range(0xF5))        # UTF-8 has no larger ones
+    if not (in_range and every_byte and len(set(ids)) == len(ids) and END_OF_TEXT in special_tokens):
+        raise ValueError(f"each byte, each token and {END_OF_TEXT} need an id of their own, below 2^20")
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
 def save_encoding(encoding, folder):
@@ -246,167 +249,38 @@ def save_encoding(encoding, folder):
 
 def load_encoding(folder, name):
     """The tiktoken.Encoding in folder, or else the one tiktoken knows by name, or None if that needs a network."""
-    if (folder / "encoding.json").exists():
-        stored = read_json(folder / "encoding.json", name=str, pat_str=str, mergeable_ranks=dict, special_tokens=dict)
-        try:
-            stored["mergeable_ranks"] = {base64.b64decode(t): rank for t, rank in stored["mergeable_ranks"].items()}
-            return tiktoken.Encoding(**stored)
-        except (ValueError, TypeError) as error:
-            fail(f"{folder / 'encoding.json'}: not a tokenizer ({error}); make it again, or restore it from a copy")
+    path = folder / "encoding.json"
     try:
-        return tiktoken.get_encoding(name)
+        if not path.exists():
+            return tiktoken.get_encoding(name)
     except Exception:                   # whatever the network raises: training can do without
         return None
+    stored = read_json(path, name=str, pat_str=str, mergeable_ranks=dict, special_tokens=dict)
+    try:
+        ranks = {base64.b64decode(token): rank for token, rank in stored["mergeable_ranks"].items()}
+        return byte_pair_encoding(stored["name"], stored["pat_str"], ranks, stored["special_tokens"])
+    except ValueError as error:
+        fail(f"{path}: not a tokenizer ({error}); restore it from a copy, or make its folder again")
 
 
 def save_hugging_face_tokenizer(encoding, folder):
-    """Write what transformers.AutoTokenizer opens as the same tokenizer, or return False if no exact one can be made.
-
-    tiktoken joins any two neighbours whose bytes are a token, the lowest rank first, so each
-    way to cut a token in two is a merge. ImportError without the package.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]     # the bytes that GPT-2 writes as themselves
-    hidden = [byte for byte in range(256) if byte not in visible]
-    letters = dict(zip(visible + hidden, map(chr, visible + [*range(256, 324)])))
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    names = {token: "".join(letters[byte] for byte in token) for token, _ in ranks}
-    merges = [(names[token[:k]], names[token[k:]]) for token in names for k in range(1, len(token))
-              if token[:k] in names and token[k:] in names]
-    vocabulary = {names[token]: rank for token, rank in ranks} | encoding._special_tokens
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    """Write what transformers.AutoTokenizer opens as the same tokenizer, or return False if none has the same ids."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    special = encoding._special_tokens
+    tokens = encoding._mergeable_ranks | {token.encode(): rank for token, rank in special.items()}
     try:
-        split = pre_tokenizers.Split(Regex(encoding._pat_str), "removed", invert=True)
+        with mock.patch("tiktoken.load.load_tiktoken_bpe", lambda path: tokens):       # there is no file to read
+            tokenizer = TikTokenConverter(None, encoding._pat_str, False, special).converted()
     except Exception:                   # its regular expressions are of another library than tiktoken's
         return False
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in encoding._special_tokens])
-    everything = b"".join(names).decode(errors="replace")
-    if tokenizer.encode(everything).ids != encoding.encode_ordinary(everything):
+    everything = b"".join(tokens).decode(errors="replace")
+    if tokenizer.encode(everything).ids != encoding.encode(everything, allowed_special="all"):
         return False
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
         "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}))
     return True
-
-
-def build_python_corpus(folder=PYTHON_CORPUS):
-    """Make the built-in corpus in folder, unless it is there, of the same sources and settings.
-
-    It is the Python source of the standard library, of the runtime packages and of what
-    those require. Validation and test are whole files, about 3% each.
-    """
-    files = python_files()
-    sources = sha256(json.dumps([VOCAB_SIZE, BPE_SAMPLE, PATTERN, [
-        (name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files]]).encode())
-    if folder.exists():
-        found = read_json(folder / "meta.json").get("sources") if (folder / "meta.json").exists() else None
-        if not found:
-            fail(f"{folder}: the place of the built-in corpus holds something else; move that to another folder")
-        if found == sources:
-            return
-    print(f"building {folder} from {len(files):,} Python files of this machine, once", flush=True)
-    texts = {}                          # text: split, in the files' order, duplicates dropped
-    for name, path in files:
-        with contextlib.suppress(UnicodeDecodeError):
-            texts.setdefault(path.read_bytes().decode(), split_of(name))
-    ranks = train_bpe((text for text, split in texts.items() if split == "train"), VOCAB_SIZE - 1)
-    write_corpus(folder, "python", texts.items(), byte_pair_encoding("python", PATTERN, ranks), sources=sources)
-
-
-def python_files():
-    """[(name, path), ...] of the corpus, sorted by name and then shuffled with a fixed seed."""
-    roots = {"python": Path(sysconfig.get_path("stdlib"))}
-    for package in PYTHON_PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec and spec.submodule_search_locations:
-            roots[package] = Path(spec.submodule_search_locations[0])
-    files = sorted((f"{root}/{path.relative_to(folder).as_posix()}", path)
-                   for root, folder in roots.items() for path in folder.rglob("*.py")
-                   if not {"site-packages", "dist-packages"} & set(path.relative_to(folder).parts))
-    random.Random(0).shuffle(files)
-    return files
-
-
-def split_of(name):
-    """The split of a document, by a hash of its name: 3% each to validation and test."""
-    percent = int(sha256(name.encode()), 16) % 100
-    return "val" if percent < 3 else "test" if percent < 6 else "train"
-
-
-def write_corpus(folder, name, documents, encoding, **extra):
-    """Tokenize documents, an iterable of (text, split), into shards, meta.json and encoding.json in folder.
-
-    Each document begins with end-of-text. No more than BATCH_CHARS characters and a
-    shard of each split are in memory. Where training or validation gets no document, it
-    is the last twentieth of all tokens that validates. The folder is built under another
-    name and then renamed, so that nobody, a second builder included, ever sees half of one.
-    """
-    new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
-    old = new.with_suffix(".old")
-    dtype = np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32
-    parts, shards = {split: [np.zeros(0, dtype)] for split in SPLITS}, Counter()
-
-    def write_shards(split, least):
-        tokens = np.concatenate(parts[split])
-        while len(tokens) >= least:
-            write_shard(new / f"{name}_{split}_{shards[split]:06d}.bin", tokens[:SHARD_TOKENS])
-            tokens = tokens[SHARD_TOKENS:]
-            shards[split] += 1
-        parts[split] = [tokens.copy()]                  # a view would keep what is written in memory
-
-    new.mkdir(parents=True)
-    try:
-        documents = iter(documents)
-        with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-            while batch := take(documents, BATCH_CHARS):
-                texts, splits = zip(*batch)
-                for split, ids in zip(splits, encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())):
-                    parts[split].append(np.array([encoding.eot_token] + ids, dtype))
-                for split in SPLITS:
-                    if sum(map(len, parts[split])) >= SHARD_TOKENS:
-                        write_shards(split, SHARD_TOKENS)
-                bar.update(sum(map(len, texts)))
-        if not all(shards[split] or len(parts[split]) > 1 for split in ("train", "val")):
-            tokens = np.concatenate(sum(parts.values(), []))
-            held_out = len(tokens) // 20
-            if held_out == 0:
-                fail(f"{folder}: {len(tokens)} tokens of text are too few to train on some and hold some out")
-            parts = {"train": [tokens[:-held_out]], "val": [tokens[-held_out:]], "test": [tokens[:0]]}
-        for split in SPLITS:
-            write_shards(split, 1)
-        save_encoding(encoding, new)
-        content = [sha256(read_shard(path)).encode() for path in sorted(new.glob("*.bin"))]
-        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "hash": sha256(*content), **extra}
-        (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except OSError:                 # a second builder was quicker, with the same result
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def take(documents, size):
-    """The next documents of an iterator, until they have size characters."""
-    batch = []
-    for document in documents:
-        batch.append(document)
-        size -= len(document[0])
-        if size <= 0:
-            break
-    return batch
-
-
-def byte_pair_encoding(name, pattern, ranks):
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
 def train_bpe(texts, n):
@@ -423,14 +297,12 @@ def train_bpe(texts, n):
         size += len(text)
         if size >= BPE_SAMPLE:
             break
-    words = [("".join(map(chr, word.encode())), count) for word, count in counts.items()]
+    words, counts = ["".join(map(chr, word.encode())) for word in counts], list(counts.values())
     total, holders, changed = Counter(), defaultdict(set), set()
 
     def tally(i, sign):
-        word, count = words[i]
-        for k in range(len(word) - 1):
-            pair = word[k:k + 2]
-            total[pair] += sign * count
+        for pair in map("".join, zip(words[i], words[i][1:])):
+            total[pair] += sign * counts[i]
             holders[pair].add(i)
             changed.add(pair)
 
@@ -442,40 +314,113 @@ def train_bpe(texts, n):
             heapq.heappush(heap, (-total[pair], pair))
         changed.clear()
         count, pair = heapq.heappop(heap)
-        if count == 0:
-            break                                       # every word is one token
-        if -count == total[pair]:                       # else the entry is from before its count changed
+        if 0 < -count == total[pair]:                   # else the entry is from before its count changed
             for i in holders.pop(pair):
                 tally(i, -1)
-                words[i] = (words[i][0].replace(pair, chr(len(tokens))), words[i][1])
+                words[i] = words[i].replace(pair, chr(len(tokens)))
                 tally(i, 1)
             tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
     return {token: rank for rank, token in enumerate(tokens)}
 
 
+def build_python_corpus(folder=PYTHON_CORPUS):
+    """Make the built-in corpus in folder, unless it is there, of the same sources and settings.
+
+    It is the Python source of the standard library, of the runtime packages and of what those require.
+    """
+    files = python_files()
+    sources = sha256(json.dumps([VOCAB_SIZE, BPE_SAMPLE, PATTERN, [
+        (name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files]]).encode()).hexdigest()
+    if folder.exists() and read_json(folder / "meta.json", sources=str)["sources"] == sources:
+        return
+    print(f"building {folder} from {len(files):,} Python files of this machine, once", flush=True)
+    texts = {}                          # text: split, in the files' order, duplicates dropped
+    for name, path in files:
+        with contextlib.suppress(UnicodeDecodeError):
+            texts.setdefault(path.read_bytes().decode(), split_of(name))
+    ranks = train_bpe((text for text, split in texts.items() if split == "train"), VOCAB_SIZE - 1)
+    write_corpus(folder, "python", iter(texts.items()), byte_pair_encoding("python", PATTERN, ranks), sources=sources)
+
+
+def python_files():
+    """[(name, path), ...] of the corpus, sorted by name and then shuffled with a fixed seed."""
+    specs = {package: importlib.util.find_spec(package) for package in PYTHON_PACKAGES}
+    roots = {package: spec.submodule_search_locations[0] for package, spec in specs.items() if spec}
+    roots["python"] = sysconfig.get_path("stdlib")
+    files = sorted((f"{root}/{path.relative_to(folder).as_posix()}", path)
+                   for root, folder in roots.items() for path in Path(folder).rglob("*.py")
+                   if not {"site-packages", "dist-packages"} & set(path.relative_to(folder).parts))
+    random.Random(0).shuffle(files)
+    return files
+
+
+def split_of(name):
+    """The split of a file, by a hash of its name: 3% each to validation and test."""
+    percent = int(sha256(name.encode()).hexdigest(), 16) % 100
+    return "val" if percent < 3 else "test" if percent < 6 else "train"
+
+
+def write_corpus(folder, name, documents, encoding, **extra):
+    """Tokenize documents, an iterator of (text, split), into shards, meta.json and encoding.json in folder.
+
+    Each document begins with end-of-text. A batch of documents and a shard of each split
+    are in memory. The folder is built in another and then renamed, so that nobody, a
+    second builder included, ever sees half of one.
+    """
+    dtype = np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32
+    tokens, shards, batch = {split: np.zeros(0, dtype) for split in SPLITS}, Counter(), True
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary, tqdm(
+            unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()
+        while batch:                    # the last one is empty, and then what is left is written
+            batch = list(itertools.islice(documents, BATCH_DOCUMENTS))
+            for split in SPLITS:
+                texts = [text for text, its_split in batch if its_split == split]
+                ids = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+                arrays = [np.array([encoding.eot_token, *document], dtype) for document in ids]
+                tokens[split] = np.concatenate([tokens[split], *arrays])
+                while len(tokens[split]) >= (SHARD_TOKENS if batch else 1):
+                    write_shard(new / f"{name}_{split}_{shards[split]:06d}.bin", tokens[split][:SHARD_TOKENS])
+                    tokens[split] = tokens[split][SHARD_TOKENS:].copy()     # a view would keep the rest in memory
+                    shards[split] += 1
+                bar.update(sum(map(len, texts)))
+        if not (shards["train"] and shards["val"]):
+            fail(f"{folder}: too few documents to train on some and hold some out; bring more, or longer ones")
+        save_encoding(encoding, new)
+        content = "".join(sha256(read_shard(path)).hexdigest() for path in sorted(new.glob("*.bin")))
+        digest = sha256(content.encode()).hexdigest()
+        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "hash": digest, **extra}
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except OSError:                 # a second builder was quicker, with the same result
+            if not folder.exists():
+                raise
+
+
 def text(args):
     """Tokenize the files and folders of args.paths into args.out, a new folder."""
-    out, found = Path(args.out), {}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out, files = Path(args.out), []
+    if out.exists() and any(out.iterdir()):
         fail(f"--out {out} holds other data; name a new folder, or delete it")
     for given in map(Path, args.paths):
-        files = {path: path.relative_to(given.parent).as_posix() for path in (given, *sorted(given.rglob("*")))
-                 if path.is_file() and (path == given or "/." not in f"/{path.relative_to(given).as_posix()}")}
-        if not files:
-            fail(f"{given}: no file there to tokenize")
-        found.update(files)
-    for left in out.parent.glob(out.name + "." + 8 * "[0-9a-f]"):
-        print(f"{left} is left from a run that was killed, unless one is at work there: delete it")
-    files = list(found.items())
+        for path in sorted(given.rglob("*")) if given.is_dir() else [given]:
+            if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(given).parts):
+                files.append(path)
     random.Random(0).shuffle(files)     # each phase reads its stretch of the stream, and should meet every folder
-    encoding = choose_encoding(args, (text for text, _ in read_documents(files, args.field)))
-    write_corpus(out, "text", read_documents(files, args.field), encoding)
+    encoding = choose_encoding(args, read_documents(files, args.field))
+    splits = itertools.cycle(["train", "val", "test", *30 * ["train"]])
+    write_corpus(out, "text", zip(read_documents(files, args.field), splits), encoding)
     print(f"{out} is ready: python train_tst.py --data {out}")
 
 
 def read_documents(files, field):
-    """Yield (text, split) from files, [(path, name), ...]: a .jsonl by lines, others whole, or in parts if long."""
-    for path, name in files:
+    """Yield the texts in files: each line's field of a .jsonl, others whole, or in parts if long."""
+    for path in files:
         jsonl = path.suffix == ".jsonl"
         try:
             with open(path, encoding="utf-8", newline="") as file:
@@ -483,19 +428,14 @@ def read_documents(files, field):
                 for n, text in enumerate(iter(read, ""), 1):
                     if "\0" in text:
                         raise UnicodeError
-                    if jsonl:
-                        text = json_text(text, field, f"{path}:{n}")
+                    if jsonl and text.strip():
+                        text = json.loads(text)[field].encode(errors="replace").decode()
                     if text.strip():
-                        yield text, split_of(f"{name}:{n}")
+                        yield text
         except UnicodeError:
             fail(f"{path}: not UTF-8 text; convert it, or leave it out")
-
-
-def json_text(line, field, place):
-    try:
-        return json.loads(line)[field].encode(errors="replace").decode() if line.strip() else ""
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        fail(f"{place}: not a JSON object with text in its field {field!r}; mend it, or say --field")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            fail(f"{path}:{n}: not a JSON object with text in its field {field!r}; mend it, or say --field")
 
 
 def choose_encoding(args, texts):
@@ -505,45 +445,31 @@ def choose_encoding(args, texts):
         if args.vocab_size < 257:
             fail(f"--vocab-size {args.vocab_size}: 256 bytes and end-of-text need 257")
         return byte_pair_encoding("trained", PATTERN, train_bpe(texts, args.vocab_size - 1))
-    if Path(name).is_file():
-        if not args.pattern:
-            fail(f"--tokenizer {name}: a file does not say where words end; add --pattern {' or '.join(PATTERNS)}")
+    if args.pattern:
         try:
-            ranks = {base64.b64decode(token, validate=True): int(rank)
-                     for token, rank in map(bytes.split, Path(name).read_bytes().splitlines())}
+            pairs = map(bytes.split, Path(name).read_bytes().splitlines())
+            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            return byte_pair_encoding(Path(name).stem, PATTERNS[args.pattern], ranks)
         except ValueError:
-            ranks = {}
-        if not {bytes([i]) for i in range(256)} <= set(ranks) or sorted(ranks.values()) != list(range(len(ranks))):
             fail(f"--tokenizer {name}: not a tiktoken BPE file, which has a token in base64 and its rank a line")
-        return byte_pair_encoding(Path(name).stem, PATTERNS[args.pattern], ranks)
-    if name not in tiktoken.list_encoding_names():
-        fail(f"--tokenizer {name}: no such file; the names are train, {', '.join(tiktoken.list_encoding_names())}")
-    encoding = load_encoding(Path(args.out), name)
-    if encoding is None:
-        fail(f"--tokenizer {name}: its file has to be downloaded once and cannot be; tiktoken keeps it in the folder "
-             f"TIKTOKEN_CACHE_DIR ({os.environ.get('TIKTOKEN_CACHE_DIR', 'not set')}); --tokenizer train works without")
-    return encoding
-
-
-def fineweb_repo(stem, shards):
-    """The smallest dataset whose files are so called that has that many training shards."""
-    return next(repo for most, repo in FINEWEB[stem].items() if shards <= most)
+    return load_encoding(Path(args.out), name) or fail(
+        f"--tokenizer {name}: tiktoken cannot load it; it knows {', '.join(tiktoken.list_encoding_names())}, "
+        f"and downloads each once into TIKTOKEN_CACHE_DIR ({os.environ.get('TIKTOKEN_CACHE_DIR', 'not set')}); a BPE file needs "
+        f"--pattern {' or '.join(PATTERNS)}; --tokenizer train works without a network")
 
 
 def fineweb(args):
     """Download the validation shard and the training shards 1 .. args.shards, but those that are there."""
-    stem, out = "finewebedu" if args.edu else "fineweb", Path(args.out)
+    stem = "finewebedu" if args.edu else "fineweb"
     if not 1 <= args.shards <= max(FINEWEB[stem]):
         fail(f"--shards {args.shards}: there are 1 to {max(FINEWEB[stem])}")
-    repo, held = fineweb_repo(stem, args.shards), None
-    if (out / "meta.json").exists():
-        held = read_json(out / "meta.json").get("repo", "of another tokenizer")
-    elif any(out.glob("*.bin")):
-        held = fineweb_repo(stem, 1)    # modded-nanogpt's, most likely
-    if held not in (None, repo) or any(not path.name.startswith((f"{stem}_", "meta.json")) for path in out.glob("*")):
-        fail(f"--out {out} holds other data, and {repo} may repeat its documents; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").write_text(json.dumps({**GPT2, "repo": repo}))
+    out, repo = Path(args.out or f"data/fineweb{'-edu' * args.edu}"), fineweb_repo(stem, args.shards)
+    path = out / "meta.json"
+    if not path.exists() or read_json(path, tokenizer=str).get("repo") != repo:
+        if out.exists() and any(out.iterdir()):
+            fail(f"--out {out} holds other data, and {repo} may repeat its documents; name another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**GPT2, "repo": repo}))
     names = [f"{stem}_val_000000.bin"] + [f"{stem}_train_{k:06d}.bin" for k in range(1, args.shards + 1)]
     missing = [name for name in names if not (out / name).exists()]
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -553,37 +479,40 @@ def fineweb(args):
     print(f"{out} has {args.shards} training shards: python train_tst.py --data {out}")
 
 
+def fineweb_repo(stem, shards):
+    """The smallest dataset whose files are so called that has that many training shards."""
+    return next(repo for most, repo in FINEWEB[stem].items() if shards <= most)
+
+
 def download(url, path, bar):
     """Fetch the shard at url to path, by way of path.part, which it goes on with after any failure."""
-    part, before, failures = path.with_name(path.name + ".part"), bar.n, 0
-    while not path.exists():
+    part, before = path.with_name(path.name + ".part"), bar.n
+    for attempt in range(1, RETRIES + 1):
         have = part.stat().st_size if part.exists() else 0
+        headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
         try:
-            with requests.get(url, stream=True, timeout=60, headers={
-                    "Range": f"bytes={have}-", "Accept-Encoding": "identity"}) as reply:
-                if 400 <= reply.status_code < 500 and reply.status_code not in (408, 416, 429):
-                    fail(f"{url}: HTTP {reply.status_code}; if another host has it, set HF_ENDPOINT")
-                if reply.status_code != 416:                    # or else there is nothing after what we have
-                    reply.raise_for_status()
-                    with open(part, "ab" if reply.status_code == 206 else "wb") as file:
-                        whole = file.tell() + int(reply.headers.get("Content-Length", 0))
-                        for chunk in reply.iter_content(2 ** 16):
-                            file.write(chunk)
-                            bar.update(before + file.tell() - bar.n)
-                        if file.tell() < whole:
-                            raise requests.ConnectionError
-            try:
-                read_shard(part)
-            except SystemExit:
-                part.unlink()
-                raise
-            os.replace(part, path)
+            with requests.get(url, stream=True, timeout=60, headers=headers) as reply:
+                if reply.status_code == 416:            # there is nothing after what we have
+                    break
+                reply.raise_for_status()
+                with open(part, "ab" if reply.status_code == 206 else "wb") as file:
+                    whole = file.tell() + int(reply.headers.get("Content-Length", 0))
+                    for chunk in reply.iter_content(2 ** 16):
+                        file.write(chunk)
+                        bar.update(before + file.tell() - bar.n)
+                if part.stat().st_size >= whole:
+                    break
+                raise requests.ConnectionError("the connection was lost")
         except requests.RequestException as error:
-            failures = 1 if part.exists() and part.stat().st_size > have else failures + 1
-            if failures == RETRIES:
-                why = type(error).__name__ if error.response is None else f"HTTP {error.response.status_code}"
-                fail(f"{url}: {why}, {failures} times in a row; the same command goes on where this one stopped")
-            time.sleep(BACKOFF * 2 ** failures)
+            if attempt == RETRIES or getattr(error.response, "status_code", 0) in (401, 403, 404):
+                fail(f"{url}: {error}; the same command goes on where this one stopped")
+            time.sleep(BACKOFF * 2 ** attempt)
+    try:
+        read_shard(part)
+    except SystemExit:
+        part.unlink()
+        raise
+    part.replace(path)
 
 
 def main(argv=None):
@@ -604,7 +533,6 @@ def main(argv=None):
     other.add_argument("--field", default="text", help="of a .jsonl's objects (default: text)")
     parser.error = command.error = other.error = fail
     args = parser.parse_args(argv)
-    args.out = args.out or f"data/fineweb{'-edu' if args.edu else ''}"
     try:
         fineweb(args) if args.command == "fineweb" else text(args)
     except OSError as error:
