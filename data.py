@@ -452,10 +452,11 @@ def choose_encoding(args, texts):
             return byte_pair_encoding(Path(name).stem, PATTERNS[args.pattern], ranks)
         except ValueError:
             fail(f"--tokenizer {name}: not a tiktoken BPE file, which has a token in base64 and its rank a line")
+    names, cache = tiktoken.list_encoding_names(), os.environ.get("TIKTOKEN_CACHE_DIR", "not set")
     return load_encoding(Path(args.out), name) or fail(
-        f"--tokenizer {name}: tiktoken cannot load it; it knows {', '.join(tiktoken.list_encoding_names())}, "
-        f"and downloads each once into TIKTOKEN_CACHE_DIR ({os.environ.get('TIKTOKEN_CACHE_DIR', 'not set')}); a BPE file needs "
-        f"--pattern {' or '.join(PATTERNS)}; --tokenizer train works without a network")
+        f"--tokenizer {name}: tiktoken cannot load it; it knows {', '.join(names)}, and downloads each once into "
+        f"TIKTOKEN_CACHE_DIR ({cache}); a BPE file needs --pattern {' or '.join(PATTERNS)}; --tokenizer train works "
+        "without a network")
 
 
 def fineweb(args):
