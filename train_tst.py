@@ -40,8 +40,8 @@ from model import GPT, PRESETS, bag_weights, find_device, load_checkpoint, run_f
 LARGE = dict(s=6, steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1,
              eval_every=500, save_every=500)
 RECIPES = {
-    "tiny": dict(s=2, steps=13_000, batch_size=8, seq_len=96, lr=1.5e-3, warmup_steps=200, decay_frac=0.4,
-                 eval_every=2500, save_every=2500),
+    "tiny": dict(s=2, steps=4000, batch_size=32, seq_len=96, lr=4e-3, warmup_steps=200, decay_frac=0.4,
+                 eval_every=1000, save_every=1000),
     "270m": dict(LARGE, lr=1e-3),
     "600m": dict(LARGE, lr=5e-4),
     "3b": dict(LARGE, lr=1e-4),
