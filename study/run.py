@@ -31,13 +31,16 @@ def grid(**flags):
             for combination in itertools.product(*values)]
 
 
-SWEEP = dict(lr=[0.75e-3, 1.5e-3, 3e-3], decay_frac=[0.2, 0.4])
-SMALLER = dict(n_embd=32, n_hidden=96, steps=18_000)            # 18,000 steps read 0.97 epochs at s = 6
-EXPERIMENTS = {
-    "sweep": grid(s=[1, 2], **SWEEP),                           # the same for both: learning rate and decay
-    "seeds": grid(s=[1, 2], seed=[0, 1, 2, 3, 4]),
-    "bags": grid(s=[3, 4, 6], seed=[0, 1, 2]),
-    "smaller": grid(s=[1, 2, 6], **SMALLER),                    # more tokens per parameter, for s = 6
+EIGHT, SIXTEEN = dict(batch_size=8, steps=13_000), dict(batch_size=16, steps=8000)      # the minutes of 32 for 4,000 steps
+EXPERIMENTS = {                         # a flag at tiny's default is left out, so that no run is made twice
+    "seeds": grid(s=[1, 2]) + grid(s=[1, 2], seed=[1, 2]),
+    "lr": grid(s=[1, 2], lr=[2e-3, 8e-3]) + grid(s=[1, 2]),
+    "decay": grid(s=[1, 2], decay_frac=[0.2]) + grid(s=[1, 2]),
+    "bags": grid(s=[1, 2, 3, 6]),
+    "batch": grid(s=[1, 2, 6], **EIGHT, lr=1.5e-3) + grid(s=[1, 2], **SIXTEEN, lr=3e-3),
+    "small-batch": grid(s=[1, 2], **EIGHT, lr=1.5e-3, seed=1) + grid(s=1, **EIGHT, lr=3e-3) + grid(s=[1, 6], **EIGHT, lr=0.75e-3),
+    "long": grid(s=[1, 6], steps=4500),
+    "narrow": grid(s=[1, 6], n_embd=32, n_hidden=96, batch_size=8, steps=18_000, lr=1.5e-3),
 }
 
 
