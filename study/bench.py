@@ -28,7 +28,7 @@ from torch._dynamo.utils import counters
 
 import data
 from model import GPT, PRESETS, ChunkedHeadLoss, bag_average, bag_weights, multi_hot_cross_entropy
-from train_tst import BETAS, GRAD_CLIP, RECIPES, WEIGHT_DECAY, compiler_works
+from train_tst import BETAS, GRAD_CLIP, MAX_MICRO_BATCH, RECIPES, WEIGHT_DECAY, compiler_works
 
 SIZES = (1, 2, 4, 6, 8, 16)
 SECONDS = 6             # of a race, where its fewest rounds do not take longer
@@ -61,7 +61,7 @@ def main():
     for args.model in [args.model] if args.model else ["tiny", "270m"]:
         recipe, vocab_size = RECIPES[args.model], data.VOCAB_SIZE if args.model == "tiny" else data.GPT2["vocab_size"]
         c = args.config = replace(PRESETS[args.model], vocab_size=vocab_size, seq_len=recipe["seq_len"])
-        args.batch, cut = min(recipe["batch_size"], recipe["micro"]), ""
+        args.batch, cut = min(recipe["batch_size"], MAX_MICRO_BATCH[args.model]), ""
         if args.model != "tiny" and not cuda:
             c = args.config = replace(c, n_layer=2, seq_len=256)
             args.batch, cut = 2, ", cut down for a CPU in layers, l and batch"
