@@ -250,7 +250,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
         return grad_x * scale, grad_head * scale, None, None, None
 
 
-CHECKPOINT = {"model": dict, "optimizer": dict, "step": int, "seconds": float, "args": dict, "config": dict, "data": dict}
+CHECKPOINT = {"model": dict, "optimizer": dict, "step": int, "seconds": float, "args": dict, "config": dict,
+              "data": dict}
 
 
 def load_checkpoint(path, mmap=False):
@@ -275,7 +276,8 @@ def load_checkpoint(path, mmap=False):
             if sizes != found or c.n_head > c.n_embd or c.seq_len > 2 ** 24:
                 raise ValueError("its sizes are not those of its weights")
     except Exception as error:          # a bad file can raise anything, from zipfile, pickle or torch
-        fail(f"{file}: not a readable checkpoint ({type(error).__name__}); use another, such as the run's ckpt_switch.pt")
+        fail(f"{file}: not a readable checkpoint ({type(error).__name__}); use another, such as the run's "
+             "ckpt_switch.pt")
     if foreign:
         fail(f"{file}: not a checkpoint of train_tst.py, it lacks {', '.join(foreign)}")
     return checkpoint

@@ -77,7 +77,7 @@ def micro_batch_bytes(config, args, bag):
         model = GPT(config)
         model.checkpoint_activations = args.checkpoint_activations
         for block in model.blocks:
-            if args.compile and not args.checkpoint_activations:    # saves what the default backend would, and generates no code
+            if args.compile and not args.checkpoint_activations:        # saves what the default backend would
                 block.compile(backend="aot_eager_decomp_partition", dynamic=False)
         rows = torch.zeros(args.micro_batch_size, args.seq_len * bag[0] + bag[1], dtype=torch.int64)
         for _ in range(2):                  # the first makes the gradients, and compiles
@@ -137,7 +137,8 @@ def parse(argv=None):
                         help="utilisation of its peak, recomputed FLOPs included (default: 0.4)")
     parser.add_argument("--vocab-size", type=number(int, 1), help="(default: that of --data, or GPT-2's)")
     parser.add_argument("--json", action="store_true", default=False, help="print one object, memory in bytes")
-    parser.add_argument("--paper", action="store_true", default=False, help="print the utilisations behind the paper's hours")
+    parser.add_argument("--paper", action="store_true", default=False,
+                        help="print the utilisations behind the paper's hours")
     given = vars(parser.parse_known_args(argv)[0])
     if "resume" in given:
         data.fail(f"--resume {given['resume']}: a plan is of a whole run; leave it out, and give that run's flags")

@@ -25,20 +25,21 @@ COLUMNS = ("experiment", "seed", "s", "r", "lr", "decay_frac", "steps", "tokens"
 
 
 def grid(**flags):
-    """Every combination of the flags' values, as command lines: grid(s=[1, 2], lr=[1e-3]) -> ["--s 1 --lr 0.001", ...]."""
+    """Every combination of the flags' values, as command lines: grid(s=[1, 2], r=0.3) -> ["--s 1 --r 0.3", ...]."""
     values = [value if isinstance(value, list) else [value] for value in flags.values()]
     return [" ".join(f"--{name.replace('_', '-')} {value}" for name, value in zip(flags, combination))
             for combination in itertools.product(*values)]
 
 
-EIGHT, SIXTEEN = dict(batch_size=8, steps=13_000), dict(batch_size=16, steps=8000)      # the minutes of 32 for 4,000 steps
+EIGHT, SIXTEEN = dict(batch_size=8, steps=13_000), dict(batch_size=16, steps=8000)      # as many tokens, or fewer
 EXPERIMENTS = {                         # a flag at tiny's default is left out, so that no run is made twice
     "seeds": grid(s=[1, 2]) + grid(s=[1, 2], seed=[1, 2]),
     "lr": grid(s=[1, 2], lr=[2e-3, 8e-3]) + grid(s=[1, 2]),
     "decay": grid(s=[1, 2], decay_frac=[0.2]) + grid(s=[1, 2]),
     "bags": grid(s=[1, 2, 3, 6]),
     "batch": grid(s=[1, 2, 6], **EIGHT, lr=1.5e-3) + grid(s=[1, 2], **SIXTEEN, lr=3e-3),
-    "small-batch": grid(s=[1, 2], **EIGHT, lr=1.5e-3, seed=1) + grid(s=1, **EIGHT, lr=3e-3) + grid(s=[1, 6], **EIGHT, lr=0.75e-3),
+    "small-batch": (grid(s=[1, 2], **EIGHT, lr=1.5e-3, seed=1) + grid(s=1, **EIGHT, lr=3e-3)
+                    + grid(s=[1, 6], **EIGHT, lr=0.75e-3)),
     "long": grid(s=[1, 6], steps=4500),
     "narrow": grid(s=[1, 6], n_embd=32, n_hidden=96, batch_size=8, steps=18_000, lr=1.5e-3),
 }
@@ -64,8 +65,8 @@ def train(flags):
     if not finished(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{out}.txt", "a") as log:
-            subprocess.run([sys.executable, "train_tst.py", *flags.split(), "--out", str(out), "--resume", "auto"], stdout=log,
-                           stderr=log, cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            subprocess.run([sys.executable, "train_tst.py", *flags.split(), "--out", str(out), "--resume", "auto"],
+                           stdout=log, stderr=log, cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return finished(out)
 
 
