@@ -726,6 +726,7 @@ def test_resuming_with_other_flags_other_data_or_no_checkpoint_is_refused(corpus
         return capsys.readouterr().err
 
     assert "--s 6 contradicts" in refused("--resume", run, "--s", "6")
+    assert "leave --out out" in refused("--resume", run, "--out", tmp_path / "elsewhere")
     assert "holds a run" in refused(*flags(corpus, run))
     other = shutil.copytree(corpus, tmp_path / "other")
     (other / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": VOCAB, "hash": "2"}))

@@ -269,6 +269,8 @@ def parse(argv=None):
         if auto and "out" not in given:
             fail("--resume auto continues or starts the run in --out: name that folder")
         resume = given["out"] if auto else given["resume"]
+        if Path(given.get("out", resume)) not in (Path(resume), run_folder(resume)):
+            fail(f"--out {given['out']}: --resume {resume} goes on in the run's own folder; leave --out out")
     if resume and not (auto and not (Path(resume) / "ckpt.pt").exists()):
         checkpoint = load_checkpoint(resume, mmap=True)
         stored = checkpoint["args"]
