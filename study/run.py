@@ -36,7 +36,7 @@ EXPERIMENTS = {                         # a flag at tiny's default is left out, 
     "seeds": grid(s=[1, 2]) + grid(s=[1, 2], seed=[1, 2]),
     "lr": grid(s=[1, 2], lr=[2e-3, 8e-3]) + grid(s=[1, 2]),
     "decay": grid(s=[1, 2], decay_frac=[0.2]) + grid(s=[1, 2]),
-    "bags": grid(s=[1, 2, 3, 6]),
+    "bags": grid(s=[1, 2, 6]),
     "batch": grid(s=[1, 2, 6], **EIGHT, lr=1.5e-3) + grid(s=[1, 2], **SIXTEEN, lr=3e-3),
     "small-batch": (grid(s=[1, 2], **EIGHT, lr=1.5e-3, seed=1) + grid(s=1, **EIGHT, lr=3e-3)
                     + grid(s=[1, 6], **EIGHT, lr=0.75e-3)),
