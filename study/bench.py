@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import data
-from model import GPT, PRESETS, ChunkedHeadLoss, bag_average, bag_weights, multi_hot_cross_entropy
+from model import GPT, PRESETS, ChunkedHeadLoss, bag_weights, multi_hot_cross_entropy
 from train_tst import BETAS, GRAD_CLIP, MAX_MICRO_BATCH, RECIPES, WEIGHT_DECAY, compiler_works
 
 SIZES = (1, 2, 4, 6, 8, 16)
@@ -104,10 +104,6 @@ def loss(args):
     y = torch.from_numpy(args.tokens.read(0, most * s)).view(-1, s).to(args.device)
     weights = bag_weights("uniform", s).to(args.device)
 
-    def shipped(x, y):  # mean z[y] = h . mean W[y], so the bag differs from its first token by an embedding bag
-        one = F.linear_cross_entropy(x, head, y[:, 0], options=torch.nn.LinearCrossEntropyOptions())
-        return one + (x * (F.embedding(y[:, 0], head) - bag_average(head, y[None])[0])).sum(1).mean()
-
     def z(x):
         return F.linear(x, head).float()
 
@@ -118,7 +114,6 @@ def loss(args):
         "PatchTrain's": lambda x, y: listing(F.nll_loss, z(x).log_softmax(-1), y),
         "multi_hot_cross_entropy": lambda x, y: multi_hot_cross_entropy(z(x), y),
         "ChunkedHeadLoss": lambda x, y: ChunkedHeadLoss.apply(x, head, y, weights, True)}
-    chunks = {"F.linear_cross_entropy in chunks": shipped} if hasattr(torch.nn, "LinearCrossEntropyOptions") else {}
 
     def forward_backward(f, n):
         with args.autocast():
@@ -127,9 +122,8 @@ def loss(args):
         x.grad = head.grad = None
 
     print(f"  loss with the head, s = {s}: time of {n:,} positions, memory of {most:,} in their float32 logits")
-    for kind in args.kinds:     # the chunks fall back to eager
-        made = {**losses, **chunks} if kind == "eager" else {
-            name: torch.compile(f, dynamic=False) for name, f in losses.items()}
+    for kind in args.kinds:
+        made = {name: torch.compile(f, dynamic=False) if kind == "compiled" else f for name, f in losses.items()}
         times = race(args, {name: lambda f=f: forward_backward(f, n) for name, f in made.items()})
         for name, f in made.items():
             logits = peak_memory(args, lambda: forward_backward(f, most)) / (4 * most * rows)
