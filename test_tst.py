@@ -1652,7 +1652,7 @@ def test_a_gpus_larger_chunks_of_the_heads_loss_are_counted(planned):
                 model(*data.bags(batch, 1, 1)).backward()
         found = planned(*NARROW, "--seq-len", 16, "--vocab-size", 9000, "--batch-size", rows, "--micro-batch-size", rows, "--s", 1,
                         "--device", "cuda", "--dtype", "float32", "--no-compile")["memory_per_device"]
-        assert found["total"] - found["optimizer"] == pytest.approx(live.peak, rel=0.02)
+        assert found["total"] - found["optimizer"] == pytest.approx(live.peak, rel=0.03)
 
 
 def test_a_layer_keeps_what_the_list_of_its_tensors_says_and_checkpointed_only_its_input(planned):
@@ -1668,7 +1668,7 @@ def test_a_layer_keeps_what_the_list_of_its_tensors_says_and_checkpointed_only_i
     d, kv, hidden, heads = 32, 16, 48, 4
     copies = 2 * (d * (d + 2 * kv) + d * d + 3 * d * hidden) / (2 * 320)        # of the weights, in bfloat16
     norm = 4 * d + 4 + 4 * d + 2 * d                                            # input, 1 / rms, output, its bfloat16
-    attention = 2 * (d + 2 * kv) + 2 * (d + kv) + 4 * heads + 2 * d + 2 * d     # qkv, rotated qk, logsumexp, y, y joined
+    attention = 2 * (d + 2 * kv) + 2 * (d + kv) + 4 * heads + 2 * d             # qkv, rotated qk, logsumexp, y
     swiglu = 2 * 2 * hidden + 2 * hidden + 2 * hidden                           # gate and up, silu(gate), their product
     eager = norm + attention + norm + swiglu + copies
     assert kept_by_a_layer("--no-compile") == eager
@@ -1707,7 +1707,7 @@ def test_the_planned_vocabulary_is_that_of_the_data_there_or_to_come(corpus, tmp
 
 @pytest.mark.parametrize("bad, names", [
     (["--gpu", "h1000"], "--gpu"), (["--mfu", "0"], "--mfu"), (["--mfu", "1.1"], "--mfu"), (["--devices", "0"], "--devices"),
-    (["--devices", "3"], "--batch-size 8 does not divide by the 3"), (["--device", "tpu"], "--device tpu"), (["--sorcery"], "--sorcery"),
+    (["--devices", "3"], "--batch-size 32 does not divide by the 3"), (["--device", "tpu"], "--device tpu"), (["--sorcery"], "--sorcery"),
     (["--micro-batch-size", "5"], "--micro-batch-size 5"), (["--resume", "runs/x"], "--resume runs/x"), (["--vocab-size", "0"], "--vocab"),
 ])
 def test_bad_flags_of_the_plan_end_in_one_clear_line(monkeypatch, capsys, bad, names):
