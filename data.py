@@ -368,7 +368,7 @@ def write_corpus(folder, name, documents, encoding, **extra):
     second builder included, ever sees half of one.
     """
     dtype = np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32
-    tokens, shards, batch = {split: np.zeros(0, dtype) for split in SPLITS}, Counter(), True
+    parts, shards, batch = {split: [] for split in SPLITS}, Counter(), True
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary, tqdm(
             unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
@@ -379,13 +379,16 @@ def write_corpus(folder, name, documents, encoding, **extra):
             for split in SPLITS:
                 texts = [text for text, its_split in batch if its_split == split]
                 ids = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-                arrays = [np.array([encoding.eot_token, *document], dtype) for document in ids]
-                tokens[split] = np.concatenate([tokens[split], *arrays])
-                while len(tokens[split]) >= (SHARD_TOKENS if batch else 1):
-                    write_shard(new / f"{name}_{split}_{shards[split]:06d}.bin", tokens[split][:SHARD_TOKENS])
-                    tokens[split] = tokens[split][SHARD_TOKENS:].copy()     # a view would keep the rest in memory
-                    shards[split] += 1
+                parts[split] += [np.array([encoding.eot_token, *document], dtype) for document in ids]
                 bar.update(sum(map(len, texts)))
+                if sum(map(len, parts[split])) < (SHARD_TOKENS if batch else 1):
+                    continue
+                tokens = np.concatenate(parts[split])                   # once a shard
+                while len(tokens) >= (SHARD_TOKENS if batch else 1):
+                    write_shard(new / f"{name}_{split}_{shards[split]:06d}.bin", tokens[:SHARD_TOKENS])
+                    tokens = tokens[SHARD_TOKENS:]
+                    shards[split] += 1
+                parts[split] = [tokens.copy()]                          # a view would keep what is written in memory
         if not (shards["train"] and shards["val"]):
             fail(f"{folder}: too few documents to train on some and hold some out; bring more, or longer ones")
         save_encoding(encoding, new)
