@@ -297,10 +297,13 @@ def run_folder(path):
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def find_device(name=None):
     """The torch.device of that name, by default the best one here. SystemExit(2) if it is not on this machine."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(kind for kind in there if there[kind])
+    name = name or best_device()
     try:
         torch.zeros(1, device=name).item()
     except Exception:                   # torch raises a different one for each way to be missing

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 from data import fail
-from model import GPT, PRESETS, bag_weights, find_device, load_checkpoint, run_folder
+from model import GPT, PRESETS, bag_weights, best_device, find_device, load_checkpoint, run_folder
 
 # What each preset trains with where no flag says otherwise; batch_size counts sequences per optimizer step.
 LARGE = dict(s=6, steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1,
@@ -126,8 +126,9 @@ def train(args, checkpoint=None):
     if sharded:
         low = args.dtype == "bfloat16"
         policy = MixedPrecisionPolicy(torch.bfloat16 if low else None, torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (WORLD,))
         for part in (*model.blocks, model):                             # the rest of the model is one part more
-            fully_shard(part, mesh=init_device_mesh(device.type, (WORLD,)), mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy)
     elif WORLD > 1:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     matrices, gains = ([p for p in model.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
@@ -151,11 +152,12 @@ def train(args, checkpoint=None):
     def save(*names):
         """Whole tensors under their names, whatever the processes share: any number of them can resume."""
         nonlocal last_save
-        parts = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        parameters, moments = get_state_dict(model, optimizer, options=whole)
         if RANK > 0:
             return
-        state = dict(zip(("model", "optimizer"), parts), step=entry["step"], seconds=entry["seconds"], args=vars(args),
-                     config=asdict(model.config), data=meta)
+        state = {"model": parameters, "optimizer": moments, "step": entry["step"], "seconds": entry["seconds"],
+                 "args": vars(args), "config": asdict(model.config), "data": meta}
         for name in names:
             temporary = out / f"{name}.tmp"
             try:
@@ -271,7 +273,7 @@ def parse(argv=None):
         resume = given["out"] if auto else given["resume"]
         if Path(given.get("out", resume)) not in (Path(resume), run_folder(resume)):
             fail(f"--out {given['out']}: --resume {resume} goes on in the run's own folder; leave --out out")
-    if resume and not (auto and not (Path(resume) / "ckpt.pt").exists()):
+    if resume and (not auto or (Path(resume) / "ckpt.pt").exists()):
         checkpoint = load_checkpoint(resume, mmap=True)
         stored = checkpoint["args"]
         for name in given.keys() - set(FREE_ON_RESUME):
@@ -293,9 +295,9 @@ def parse(argv=None):
 
 def default_flags(given):
     """Every flag's value, {name: value}, those given among them; some follow from others."""
-    accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
-    fineweb = accelerator and any(Path("data/fineweb").glob("*train*.bin"))
-    flags = {"device": accelerator or "cpu", "data": "data/fineweb" if fineweb else str(data.PYTHON_CORPUS), **given}
+    best = best_device()
+    fineweb = best != "cpu" and any(Path("data/fineweb").glob("*train*.bin"))
+    flags = {"device": best, "data": "data/fineweb" if fineweb else str(data.PYTHON_CORPUS), **given}
     flags = {"model": "tiny" if Path(flags["data"]) == data.PYTHON_CORPUS else "270m", **flags}
     cuda, recipe = flags["device"].startswith("cuda"), RECIPES[flags["model"]]
     shape = {name: getattr(PRESETS[flags["model"]], name) for name in SHAPE_FLAGS}
