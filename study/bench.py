@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import data
-from model import GPT, PRESETS, ChunkedHeadLoss, bag_weights, multi_hot_cross_entropy
+from model import GPT, PRESETS, ChunkedHeadLoss, bag_weights, multi_hot_cross_entropy, table_rows
 from train_tst import BETAS, GRAD_CLIP, MAX_MICRO_BATCH, RECIPES, WEIGHT_DECAY, compiler_works
 
 SIZES = (1, 2, 4, 6, 8, 16)
@@ -96,7 +96,7 @@ def superposition(args):
 
 def loss(args):
     """The head and its loss, forward and backward: ours against what else computes it, in time and peak memory."""
-    rows, d, s = -(-args.config.vocab_size // 64) * 64, args.config.n_embd, args.s
+    rows, d, s = table_rows(args.config.vocab_size), args.config.n_embd, args.s
     n = args.batch * args.config.seq_len                                # timed; too few on a CPU to show the memory
     most = 4 * n if args.device == "cpu" else n
     x = torch.randn(most, d, device=args.device, requires_grad=True)
@@ -141,7 +141,7 @@ def llama(args):
     except ImportError:
         return print("  llama: skipped, pip install transformers")
     c = args.config
-    config = LlamaConfig(vocab_size=-(-c.vocab_size // 64) * 64, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
+    config = LlamaConfig(vocab_size=table_rows(c.vocab_size), hidden_size=c.n_embd, intermediate_size=c.n_hidden,
                          num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
                          max_position_embeddings=c.seq_len, tie_word_embeddings=False, use_cache=False)
     for kind in args.kinds:

@@ -8,6 +8,7 @@ A run's folder is runs/study/ and its flags. The same run in two experiments is 
 and has a row in each.
 """
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -70,21 +71,18 @@ def train(flags):
     return finished(out)
 
 
-def test_loss(out):
-    """The final model's next-token loss on the whole test split, nats per token."""
+def test_loss(args, out):
+    """The final model's loss on the test split, taken as train_tst.py takes val_loss on the other; args: the run's."""
     import torch
 
     import data
+    import train_tst
     from model import load_model
     model, _ = load_model(out)
-    l, total = model.config.seq_len, 0.0
-    tokens = data.Stream(sorted(Path(HERE.parent / data.PYTHON_CORPUS).glob("*test*.bin")), model.config.vocab_size)
-    n = (len(tokens) - 1) // l
-    with torch.no_grad():
-        for k in range(0, n, 64):
-            rows = torch.stack([torch.from_numpy(tokens.read(i * l, l + 1)) for i in range(k, min(k + 64, n))])
-            total += model(*data.bags(rows, 1, 1)).item() * len(rows)
-    return total / n
+    files = sorted((HERE.parent / args["data"]).glob("*test*.bin"))
+    tokens = data.Stream(files, model.config.vocab_size)
+    evaluate = train_tst.validation(tokens, argparse.Namespace(**args), None, torch.device("cpu"))
+    return evaluate(model, contextlib.nullcontext())[0]
 
 
 def row(experiment, flags, args, last, test):
@@ -108,12 +106,12 @@ def main():
     rows = {(line["experiment"], line["command"]): line for line in old}
     jobs = [(name, flags) for name in args.experiments for flags in EXPERIMENTS[name]]
     with ThreadPoolExecutor(2) as pool:
-        done = pool.map(train, dict.fromkeys(flags for _, flags in jobs))
-        for flags, result in zip(dict.fromkeys(flags for _, flags in jobs), done):
+        runs = list(dict.fromkeys(flags for _, flags in jobs))
+        for flags, result in zip(runs, pool.map(train, runs)):
             if result is None:
                 print(f"did not finish: {flags}; see {folder(flags)}.txt")
                 continue
-            test = test_loss(folder(flags)) if args.test else None
+            test = test_loss(result[0], folder(flags)) if args.test else None
             for name in (name for name, other in jobs if other == flags):
                 new = row(name, flags, *result, test)
                 rows[name, new["command"]] = {**new, "test_loss": new["test_loss"] or
