@@ -229,14 +229,14 @@ class ChunkedHeadLoss(torch.autograd.Function):
         rows = 512 if x.device.type == "cpu" else 4096                  # fits a CPU's cache; fills a GPU
         loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head, dtype=torch.float32) if with_grad else None
         for chunk, target in zip(x.split(rows), targets.split(rows)):
-            logits = F.linear(chunk, head)                              # (rows, V)
-            z = at_least_float32(logits)
-            hit = (z.gather(1, target) * weights.to(z)).sum(1)              # not @, which autocast takes to bfloat16
+            z = F.linear(chunk, head)                                   # (rows, V), the logits
+            exact = torch.promote_types(z.dtype, torch.float32)
+            hit = (z.gather(1, target) * weights.to(exact)).sum(1)          # not @, which autocast takes to bfloat16
             top = z.amax(1)
-            torch.softmax(z, 1, out=z)                                  # in place; its largest is 1 / sum(exp(z - top))
-            loss = loss + (top - z.amax(1).log() - hit).sum()
+            p = torch.softmax(z, 1, dtype=exact, out=z if z.dtype == exact else None)   # in place where it can be
+            loss = loss + (top - p.amax(1).log() - hit).sum()           # the largest p is 1 / sum(exp(z - top))
             if with_grad:
-                z = logits.copy_(z.scatter_add_(1, target, -weights.to(z).expand_as(target)))   # cast once for both
+                z = z.copy_(p.scatter_add_(1, target, -weights.to(p).expand_as(target)))    # cast once for both
                 grad_x.append(z @ head)
                 grad_head += z.T @ chunk
         if with_grad:

@@ -119,9 +119,8 @@ def train(args, checkpoint=None):
                             **{name: getattr(args, name) for name in SHAPE_FLAGS}))
     model.checkpoint_activations = args.checkpoint_activations
     if args.compile and compiler_works(device, say):
-        for block in model.blocks:                                      # by parts and in place: all blocks share one
-            block.compile(dynamic=False)                                # graph, which the switch leaves as it is, and
-        model.loss = torch.compile(model.loss, dynamic=False)           # the parameters keep their names
+        for block in model.blocks:                                      # in place, so the parameters keep their names;
+            block.compile(dynamic=False)                                # all share one graph, which never sees a bag
     wrapped, sharded = model, args.fsdp and WORLD > 1
     if sharded:
         low = args.dtype == "bfloat16"
