@@ -227,10 +227,10 @@ class ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, targets, weights, with_grad):             # (N, d), (V, d), (N, s), (s,)
         rows = 512 if x.device.type == "cpu" else 4096                  # fits a CPU's cache; fills a GPU
-        loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head, dtype=torch.float32) if with_grad else None
+        exact = torch.promote_types(head.dtype, torch.float32)
+        loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head, dtype=exact) if with_grad else None
         for chunk, target in zip(x.split(rows), targets.split(rows)):
             z = F.linear(chunk, head)                                   # (rows, V), the logits
-            exact = torch.promote_types(z.dtype, torch.float32)
             hit = (z.gather(1, target) * weights.to(exact)).sum(1)          # not @, which autocast takes to bfloat16
             top = z.amax(1)
             p = torch.softmax(z, 1, dtype=exact, out=z if z.dtype == exact else None)   # in place where it can be
@@ -238,7 +238,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
             if with_grad:
                 z = z.copy_(p.scatter_add_(1, target, -weights.to(p).expand_as(target)))    # cast once for both
                 grad_x.append(z @ head)
-                grad_head += z.T @ chunk
+                grad_head.addmm_(z.T, chunk) if z.dtype == exact else grad_head.add_(z.T @ chunk)
         if with_grad:
             ctx.save_for_backward(torch.cat(grad_x), grad_head)
         return loss / len(x)
@@ -247,7 +247,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, grad_head = ctx.saved_tensors
         scale = grad / len(grad_x)
-        return grad_x * scale, grad_head * scale, None, None, None
+        return grad_x.mul_(scale), grad_head.mul_(scale), None, None, None
 
 
 CHECKPOINT = {"model": dict, "optimizer": dict, "step": int, "seconds": float, "args": dict, "config": dict,
