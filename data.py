@@ -69,9 +69,8 @@ PATTERNS = {                            # of the tokenizers whose files hold byt
 def bags(rows, s_in, s_out):
     """rows (B, l * s_in + s_out) -> inputs (B, l, s_in) and targets (B, l, s_out).
 
-    Input bag j is predicted to be followed by target bag j, the s_out tokens right
-    after it. With s_in = s_out = s that is the batch (B, l+1, s) of consecutive bags,
-    inputs its [:, :-1] and targets its [:, 1:]; with s = 1 it is next-token training.
+    Target bag j is the s_out tokens right after input bag j. With s_in = s_out = s a row is
+    l+1 bags, inputs the first l, targets the last l; with s = 1 it is next-token training.
     """
     return rows.unfold(1, s_in + s_out, s_in).split((s_in, s_out), dim=2)
 
@@ -79,11 +78,11 @@ def bags(rows, s_in, s_out):
 class Batches:
     """The rows of every training batch, with no state: resuming is asking for another step.
 
-    Each phase owns a stretch of the stream, in proportion to the tokens it will read, cut
-    into windows of l * s_in tokens (a row reads s_out more, as its last target). Row after
-    row, they are visited from an offset drawn from the seed, in strides near the golden
-    section of their number: successive rows are far apart. The stride is coprime to the
-    number: no window comes twice before all have come once.
+    Each phase owns a stretch of the stream, in proportion to the tokens it reads, cut into n
+    windows of l * s_in tokens. A row is a window and the s_out tokens after it, its last
+    target. Row k of a phase is window (offset + k * stride) % n, with an offset drawn from
+    the seed. The stride is near 0.618 n, so that successive rows are far apart, and coprime
+    to n, so that no window comes twice within an epoch.
 
     tokens: a `Stream`; phases: [(steps, s_in, s_out), ...]. `epochs` says how often the
     run will read the data. SystemExit(2) if a stretch is too short for one batch.

@@ -98,9 +98,9 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
     def forward(self, bags, targets=None, weights=None):
-        """bags (B, l, s) integer -> logits (B, l, rows), or with targets (B, l, s) the scalar loss.
+        """bags (B, l, s) integer -> logits (B, l, V), or with targets (B, l, s) the scalar loss.
 
-        Columns of the logits from vocab_size on are padding, never a target.
+        V is vocab_size, padded; the padding is never a target.
         """
         x = bag_average(self.embedding.weight, bags)                    # (B, l, d)
         cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
@@ -226,11 +226,11 @@ class ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, weights, with_grad):             # (N, d), (V, d), (N, s), (s,)
-        rows = 512 if x.device.type == "cpu" else 4096                  # fits a CPU's cache; fills a GPU
+        size = 512 if x.device.type == "cpu" else 4096                  # fits a CPU's cache; fills a GPU
         exact = torch.promote_types(head.dtype, torch.float32)
         loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head, dtype=exact) if with_grad else None
-        for chunk, target in zip(x.split(rows), targets.split(rows)):
-            z = F.linear(chunk, head)                                   # (rows, V), the logits
+        for chunk, target in zip(x.split(size), targets.split(size)):
+            z = F.linear(chunk, head)                                   # (size, V), the logits
             hit = (z.gather(1, target) * weights.to(exact)).sum(1)          # not @, which autocast takes to bfloat16
             top = z.amax(1)
             p = torch.softmax(z, 1, dtype=exact, out=z if z.dtype == exact else None)   # in place where it can be

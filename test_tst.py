@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -978,14 +979,19 @@ def test_the_example_for_your_own_training_loop_trains():
     embed, head = torch.nn.Embedding(VOCAB, 16), torch.nn.Linear(16, VOCAB)
     rows = {s: torch.randint(0, VOCAB, (2, 6 * s)) for s in (1, 6)}
     read = []
-    space = dict(model=head, embed=embed, steps=10, B=2, l=5, next_rows=lambda B, n: (read.append(n), rows[n // 6])[1],
+
+    def model(inputs_embeds):                   # as a Hugging Face model answers
+        return types.SimpleNamespace(logits=head(inputs_embeds))
+
+    space = dict(model=model, embed=embed, steps=10, B=2, l=5, next_rows=lambda B, n: (read.append(n), rows[n // 6])[1],
                  optimizer=torch.optim.SGD([*embed.parameters(), *head.parameters()], lr=0.5))
     inputs, targets = data.bags(rows[6], 6, 6)
     ours = multi_hot_cross_entropy(head(bag_average(embed.weight, inputs)), targets)
     exec(example.split("for step")[0], space)
-    torch.testing.assert_close(space["superposed_loss"](head, embed, rows[6], 6), ours)
+    torch.testing.assert_close(space["superposed_loss"](model, embed, rows[6], 6), ours)
     exec(example, space)
     assert read == 3 * [36] + 7 * [6] and space["loss"] < F.cross_entropy(torch.zeros(1, VOCAB), torch.tensor([0]))
+
 # Export
 
 def needs(*packages):

@@ -140,15 +140,19 @@ def train(args, checkpoint=None):
         start, seconds_before = checkpoint["step"], checkpoint["seconds"]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
-    # Validation, log, checkpoints
+    # Validation, log, progress bar, checkpoints
     evaluate = validation(val_tokens, args, encoding, device)
     out = log = None
     if RANK == 0:
         out = run_folder(args.resume) if checkpoint else make_folder(args, meta, encoding)
         log = open_log(out / "metrics.jsonl", keep=start)
     last_save = f"the last good checkpoint is {args.resume}" if checkpoint else "there is no checkpoint yet"
+    bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True)
+    positions = args.batch_size * args.seq_len                          # that the trunk sees in a step
+    flops, peak = model.flops_per_token() * positions / WORLD, peak_flops(device, args.dtype)
+    val_loss = None
 
-    def save(*names):
+    def save(entry, *names):
         """Whole tensors under their names, whatever the processes share: any number of them can resume."""
         nonlocal last_save
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -181,12 +185,8 @@ def train(args, checkpoint=None):
         bar.set_postfix_str(" ".join(filter(None, parts)), refresh=False)
 
     # The loop
-    flag = stop_flag()
-    bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True)
-    positions = args.batch_size * args.seq_len                          # that the trunk sees in a step
-    flops, peak = model.flops_per_token() * positions / WORLD, peak_flops(device, args.dtype)
-    weights = pending = val_loss = None
-    begun = time.time()
+    flag, begun = stop_flag(), time.time()
+    weights = pending = None
     rows = fetch(start * accumulation)
     for step in range(start, args.steps):
         s_in, s_out = (args.s_in, args.s_out) if step < switch_step else (1, 1)     # the phase switch
@@ -232,7 +232,7 @@ def train(args, checkpoint=None):
                 entry["val_loss"] = val_loss
             write(*pending)
             pending = None
-            save(*["ckpt_switch.pt"] * (done == switch_step), "ckpt.pt")    # in this order: a kill between repeats both
+            save(entry, *["ckpt_switch.pt"] * (done == switch_step), "ckpt.pt")     # a kill between repeats both
             if evaluating:
                 say(f"step {done:,}  {entry['phase']} s={entry['s']}  loss {entry['loss']:.4f}  {bits(entry)}  "
                     f"{entry['tokens']:,} tokens  {entry['seconds']:.0f} s")
