@@ -54,7 +54,7 @@ RETRIES, BACKOFF = 8, 1.0               # of a shard's download; seconds, double
 PYTHON_CORPUS = Path("data/python")     # this path names the built-in corpus, which is made when absent
 PYTHON_PACKAGES = ("torch torchgen functorch numpy tiktoken tqdm sympy mpmath networkx jinja2 fsspec filelock "
                    "regex requests urllib3 idna certifi charset_normalizer").split()
-VOCAB_SIZE = 4096                       # of the built-in corpus, end-of-text included
+VOCAB_SIZE = 1024                       # of the built-in corpus, end-of-text included
 BPE_SAMPLE = 8_000_000                  # characters the vocabulary is trained on
 # What byte pairs may merge within: a word with the character before it, three digits, punctuation,
 # and a line break with the next line's indentation, of which source code is full.

@@ -1706,7 +1706,7 @@ def test_the_papers_hours_are_the_utilisations_counted_by_hand(capsys):
 def test_the_planned_vocabulary_is_that_of_the_data_there_or_to_come(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train_tst, "WORLD", 1)
     monkeypatch.chdir(tmp_path)                                                 # where there is no data/python
-    for model, more, size in (("tiny", [], 4096), ("270m", [], 50_257), ("270m", ["--data", corpus], VOCAB),
+    for model, more, size in (("tiny", [], 1024), ("270m", [], 50_257), ("270m", ["--data", corpus], VOCAB),
                               ("270m", ["--data", corpus, "--vocab-size", 128_256], 128_256)):
         assert plan.parse(["--model", model, *map(str, more)]).vocab_size == size
 

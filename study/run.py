@@ -32,17 +32,16 @@ def grid(**flags):
             for combination in itertools.product(*values)]
 
 
-EIGHT, SIXTEEN = dict(batch_size=8, steps=13_000), dict(batch_size=16, steps=8000)      # as many tokens, or fewer
 EXPERIMENTS = {                         # a flag at tiny's default is left out, so that no run is made twice
-    "seeds": grid(s=[1, 2]) + grid(s=[1, 2], seed=[1, 2]),
-    "lr": grid(s=[1, 2], lr=[2e-3, 8e-3]) + grid(s=[1, 2]),
-    "decay": grid(s=[1, 2], decay_frac=[0.2]) + grid(s=[1, 2]),
-    "bags": grid(s=[1, 2, 6]),
-    "batch": grid(s=[1, 2, 6], **EIGHT, lr=1.5e-3) + grid(s=[1, 2], **SIXTEEN, lr=3e-3),
-    "small-batch": (grid(s=[1, 2], **EIGHT, lr=1.5e-3, seed=1) + grid(s=1, **EIGHT, lr=3e-3)
-                    + grid(s=[1, 6], **EIGHT, lr=0.75e-3)),
-    "long": grid(s=[1, 6], steps=4500),
-    "narrow": grid(s=[1, 6], n_embd=32, n_hidden=96, batch_size=8, steps=18_000, lr=1.5e-3),
+    "seeds": grid(s=[1, 6]) + grid(s=[1, 6], seed=[1, 2, 3, 4]),                # equal FLOPs
+    "lr": grid(s=[1, 6]) + grid(s=[1, 6], lr=[1.5e-3, 6e-3]),                   # fair ground: best against best
+    "decay": grid(s=[1, 6]) + grid(s=[1, 6], decay_frac=[0.2, 0.6]),
+    "batch": grid(s=[1, 6]) + grid(s=[1, 6], batch_size=16, steps=7000, lr=2e-3),
+    "bags": grid(s=[1, 2, 3, 4, 6, 8, 12, 16]),
+    "r": grid(s=1) + grid(s=6, r=[0.1, 0.2, 0.5]) + grid(s=6),
+    "length": [flags for steps in (500, 1000, 2000, 6000) for flags in grid(s=[1, 6], steps=steps)] + grid(s=[1, 6]),
+    "narrow": grid(s=[1, 6], n_embd=48, n_hidden=96),
+    "halves": grid(s=[1, 6]) + grid(s=6, s_in=1) + grid(s=6, s_out=1),
 }
 
 

@@ -1,0 +1,55 @@
+"""The README's picture: validation loss against steps, TST and the baseline, as left by `python study/run.py seeds`.
+
+    pip install matplotlib && python study/draw.py          # from runs/study/ to study/loss.png
+"""
+import json
+import statistics
+from collections import defaultdict
+
+from run import EXPERIMENTS, HERE, finished, folder
+
+COLOURS = {"baseline": "tab:grey", "TST": "tab:blue"}
+
+
+def main():
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise SystemExit("study/draw.py: matplotlib is missing: pip install matplotlib")
+    found, tst = {name: defaultdict(list) for name in COLOURS}, None            # name: step: a loss for each seed
+    for args, out in ((finished(out)[0], out) for out in map(folder, EXPERIMENTS["seeds"]) if finished(out)):
+        tst = args if args["s"] > 1 else tst
+        for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+            if line["val_loss"]:
+                found["TST" if args["s"] > 1 else "baseline"][line["step"]].append(line["val_loss"])
+    if not all(found.values()):
+        raise SystemExit("study/draw.py: nothing to draw yet: python study/run.py seeds")
+    switch, steps = round(tst["r"] * tst["steps"]), tst["steps"]
+    names = {"baseline": "next tokens from the start (baseline)", "TST": f"bags of {tst['s']} first (TST)"}
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    for axes in panels:
+        for name, losses in found.items():
+            axes.plot(list(losses), [statistics.mean(seeds) for seeds in losses.values()], color=COLOURS[name],
+                      label=names[name], linewidth=2)
+            axes.fill_between(list(losses), [min(seeds) for seeds in losses.values()],
+                              [max(seeds) for seeds in losses.values()], color=COLOURS[name], alpha=0.3, linewidth=0)
+        axes.axvline(switch, color="black", linewidth=1, linestyle=":")
+        axes.set_xlabel("optimizer steps, all of the same cost")
+        axes.grid(alpha=0.3)
+    whole, end = panels
+    whole.set_ylabel("next-token validation loss (nats)")
+    whole.set_title("the whole run", fontsize=10)
+    top = whole.get_ylim()[1]
+    whole.text(switch / 2, top, f"\nbags of {tst['s']}", ha="center", va="top")
+    whole.text(switch, top, "\n  the switch: next tokens", ha="left", va="top")
+    late = [loss for losses in found.values() for step, seeds in losses.items() if step > 0.55 * steps for loss in seeds]
+    end.set_xlim(0.55 * steps, steps)
+    end.set_ylim(min(late) - 0.02, max(late) + 0.02)
+    end.set_title("its end, enlarged", fontsize=10)
+    end.legend(frameon=False, fontsize=9)
+    figure.savefig(HERE / "loss.png", dpi=120)
+    print(f"{HERE / 'loss.png'}: means and ranges over {max(map(len, found['TST'].values()))} seeds")
+
+
+if __name__ == "__main__":
+    main()
