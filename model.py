@@ -238,7 +238,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
             if with_grad:
                 z = z.copy_(p.scatter_add_(1, target, -weights.to(p).expand_as(target)))    # cast once for both
                 grad_x.append(z @ head)
-                grad_head.addmm_(z.T, chunk) if z.dtype == exact else grad_head.add_(z.T @ chunk)
+                torch.addmm(grad_head, z.T, chunk, out=grad_head) if z.dtype == exact else grad_head.add_(z.T @ chunk)
         if with_grad:
             ctx.save_for_backward(torch.cat(grad_x), grad_head)
         return loss / len(x)

@@ -64,8 +64,8 @@ def corpus(tmp_path_factory):
 def flags(corpus, out, *more):
     """A run of 12 steps with the switch after 6, in about a second; later flags win."""
     return ["--data", str(corpus), "--out", str(out), "--model", "tiny", "--s", "3", "--r", "0.5", "--steps", "12",
-            "--batch-size", "8", "--seq-len", "16", "--n-embd", "32", "--n-hidden", "48", "--device", "cpu",
-            "--warmup-steps", "2", "--decay-frac", "0.5", "--eval-every", "6", *more]
+            "--batch-size", "8", "--seq-len", "16", "--n-embd", "32", "--n-head", "4", "--n-kv-head", "2", "--n-hidden", "48",
+            "--device", "cpu", "--warmup-steps", "2", "--decay-frac", "0.5", "--eval-every", "6", *more]
 
 
 def lines(out):
