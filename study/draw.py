@@ -39,9 +39,10 @@ def main():
     whole, end = panels
     whole.set_ylabel("next-token validation loss (nats)")
     whole.set_title("the whole run", fontsize=10)
-    top = whole.get_ylim()[1]
-    whole.text(switch / 2, top, f"\nbags of {tst['s']}", ha="center", va="top")
-    whole.text(switch, top, "\n  the switch: next tokens", ha="left", va="top")
+    whole.set_xlim(0, steps)
+    low, high = whole.get_ylim()
+    whole.text(switch / 2, low + 0.7 * (high - low), f"bags of {tst['s']}", ha="center")
+    whole.text(switch, low + 0.85 * (high - low), "  the switch to next tokens", ha="left")
     late = [loss for losses in found.values() for step, seeds in losses.items() if step > 0.55 * steps for loss in seeds]
     end.set_xlim(0.55 * steps, steps)
     end.set_ylim(min(late) - 0.02, max(late) + 0.02)

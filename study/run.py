@@ -40,7 +40,7 @@ EXPERIMENTS = {                         # a flag at tiny's default is left out, 
     "data": grid(s=6) + grid(s=1, steps=8750),                                  # equal data: as many tokens
     "bags": grid(s=[1, 2, 3, 4, 6, 8, 12, 16]),
     "r": grid(s=1) + grid(s=6, r=[0.1, 0.2, 0.5]) + grid(s=6),
-    "length": [flags for steps in (500, 1000, 2000, 6000) for flags in grid(s=[1, 6], steps=steps)] + grid(s=[1, 6]),
+    "length": [flags for steps in (1000, 2000, 6000) for flags in grid(s=[1, 6], steps=steps)] + grid(s=[1, 6]),
     "narrow": grid(s=[1, 6], n_embd=48, n_hidden=96),
     "halves": grid(s=[1, 6]) + grid(s=6, s_in=1) + grid(s=6, s_out=1),
 }
