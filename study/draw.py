@@ -8,7 +8,7 @@ from collections import defaultdict
 
 from run import EXPERIMENTS, HERE, finished, folder
 
-COLOURS = {"baseline": "tab:grey", "TST": "tab:blue"}
+COLOURS = ("tab:grey", "tab:blue", "tab:orange")
 
 
 def main():
@@ -16,23 +16,22 @@ def main():
         from matplotlib import pyplot
     except ImportError:
         raise SystemExit("study/draw.py: matplotlib is missing: pip install matplotlib")
-    found, tst = {name: defaultdict(list) for name in COLOURS}, None            # name: step: a loss for each seed
+    switch, found = 0, defaultdict(lambda: defaultdict(list))        # s: step: a loss for each seed
     for args, out in ((finished(out)[0], out) for out in map(folder, EXPERIMENTS["seeds"]) if finished(out)):
-        tst = args if args["s"] > 1 else tst
+        steps, switch = args["steps"], round(args["r"] * args["steps"]) or switch
         for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
             if line["val_loss"]:
-                found["TST" if args["s"] > 1 else "baseline"][line["step"]].append(line["val_loss"])
-    if not all(found.values()):
+                found[args["s"]][line["step"]].append(line["val_loss"])
+    if len(found) < 2:
         raise SystemExit("study/draw.py: nothing to draw yet: python study/run.py seeds")
-    switch, steps = round(tst["r"] * tst["steps"]), tst["steps"]
-    names = {"baseline": "next tokens from the start (baseline)", "TST": f"bags of {tst['s']} first (TST)"}
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     for axes in panels:
-        for name, losses in found.items():
-            axes.plot(list(losses), [statistics.mean(seeds) for seeds in losses.values()], color=COLOURS[name],
-                      label=names[name], linewidth=2)
+        for (s, losses), colour in zip(sorted(found.items()), COLOURS):
+            name = f"TST, bags of {s} first" if s > 1 else "baseline, next tokens from the start"
+            axes.plot(list(losses), [statistics.mean(seeds) for seeds in losses.values()], color=colour, label=name,
+                      linewidth=2)
             axes.fill_between(list(losses), [min(seeds) for seeds in losses.values()],
-                              [max(seeds) for seeds in losses.values()], color=COLOURS[name], alpha=0.3, linewidth=0)
+                              [max(seeds) for seeds in losses.values()], color=colour, alpha=0.25, linewidth=0)
         axes.axvline(switch, color="black", linewidth=1, linestyle=":")
         axes.set_xlabel("optimizer steps, all of the same cost")
         axes.grid(alpha=0.3)
@@ -41,15 +40,15 @@ def main():
     whole.set_title("the whole run", fontsize=10)
     whole.set_xlim(0, steps)
     low, high = whole.get_ylim()
-    whole.text(switch / 2, low + 0.7 * (high - low), f"bags of {tst['s']}", ha="center")
+    whole.text(switch / 2, low + 0.7 * (high - low), "bags", ha="center")
     whole.text(switch, low + 0.85 * (high - low), "  the switch to next tokens", ha="left")
-    late = [loss for losses in found.values() for step, seeds in losses.items() if step > 0.55 * steps for loss in seeds]
+    late = [loss for losses in found.values() for step in losses if step > 0.55 * steps for loss in losses[step]]
     end.set_xlim(0.55 * steps, steps)
     end.set_ylim(min(late) - 0.02, max(late) + 0.02)
     end.set_title("its end, enlarged", fontsize=10)
     end.legend(frameon=False, fontsize=9)
     figure.savefig(HERE / "loss.png", dpi=120)
-    print(f"{HERE / 'loss.png'}: means and ranges over {max(map(len, found['TST'].values()))} seeds")
+    print(f"{HERE / 'loss.png'}: means and ranges over {max(map(len, found[1].values()))} seeds")
 
 
 if __name__ == "__main__":
