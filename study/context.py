@@ -1,12 +1,10 @@
-"""Where in its context does a model gain? Validation loss by position in the row, for the runs of an experiment.
+"""Where in its context does a model gain? Validation loss by position in the row, for runs of study/run.py.
 
-    python study/context.py seeds       # after `python study/run.py seeds`; means over the seeds
+    python study/context.py "--s 1" "--s 3" "--s 3 --seed 2"            # named by their flags
 """
-import statistics
 import sys
-from collections import defaultdict
 
-from run import EXPERIMENTS, HERE, finished, folder
+from run import HERE, finished, folder
 
 import numpy as np
 import torch
@@ -31,18 +29,16 @@ def losses(out, args):
     return [part.mean().item() for part in torch.stack(found).mean(0).tensor_split(PARTS)]
 
 
-def main(experiment):
+def main(*runs):
     torch.set_num_threads(1)
-    found, l = defaultdict(list), None
-    for flags in EXPERIMENTS[experiment]:
-        if finished(folder(flags)):
-            args, _ = finished(folder(flags))
-            l, method = args["seq_len"], flags.split(" --seed")[0]
-            found[method].append(losses(folder(flags), args))
-    print("| positions | " + " | ".join(f"`{method}`" for method in found) + " |\n" + "| --- " * (len(found) + 1) + "|")
-    for k, part in enumerate(np.array_split(np.arange(1, l + 1), PARTS)):
-        means = [statistics.mean(seed[k] for seed in seeds) for seeds in found.values()]
-        print(f"| {part[0]} to {part[-1]} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+    unfinished = [flags for flags in runs if not finished(folder(flags))]
+    if unfinished or not runs:
+        raise SystemExit(f"study/context.py: name runs that study/run.py has made, by their flags: {unfinished}")
+    args = [finished(folder(flags))[0] for flags in runs]
+    columns = [losses(folder(flags), arg) for flags, arg in zip(runs, args)]
+    print("| positions | " + " | ".join(f"`{flags}`" for flags in runs) + " |\n" + "| --- " * (len(runs) + 1) + "|")
+    for part, row in zip(np.array_split(np.arange(1, args[0]["seq_len"] + 1), PARTS), zip(*columns)):
+        print(f"| {part[0]} to {part[-1]} | " + " | ".join(f"{loss:.3f}" for loss in row) + " |")
 
 
 if __name__ == "__main__":
