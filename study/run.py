@@ -67,7 +67,8 @@ def train(flags):
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{out}.txt", "a") as log:
             subprocess.run([sys.executable, "train_tst.py", *flags.split(), "--out", str(out), "--resume", "auto",
-                            "--eval-every", "250"], stdout=log, stderr=log, cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            "--eval-every", "250"], stdout=log, stderr=log, cwd=HERE.parent,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     return finished(out)
 
 
