@@ -367,7 +367,7 @@ def write_corpus(folder, name, documents, encoding, **extra):
     second builder included, ever sees half of one.
     """
     dtype = np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32
-    parts, shards, batch = {split: [] for split in SPLITS}, Counter(), True
+    parts, held, shards, batch = {split: [] for split in SPLITS}, Counter(), Counter(), True
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary, tqdm(
             unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
@@ -379,15 +379,16 @@ def write_corpus(folder, name, documents, encoding, **extra):
                 texts = [text for text, its_split in batch if its_split == split]
                 ids = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
                 parts[split] += [np.array([encoding.eot_token, *document], dtype) for document in ids]
+                held[split] += sum(len(document) + 1 for document in ids)
                 bar.update(sum(map(len, texts)))
-                if sum(map(len, parts[split])) < (SHARD_TOKENS if batch else 1):
+                if held[split] < (SHARD_TOKENS if batch else 1):
                     continue
                 tokens = np.concatenate(parts[split])                   # once a shard
                 while len(tokens) >= (SHARD_TOKENS if batch else 1):
                     write_shard(new / f"{name}_{split}_{shards[split]:06d}.bin", tokens[:SHARD_TOKENS])
                     tokens = tokens[SHARD_TOKENS:]
                     shards[split] += 1
-                parts[split] = [tokens.copy()]                          # a view would keep what is written in memory
+                parts[split], held[split] = [tokens.copy()], len(tokens)    # a view would keep what is written
         if not (shards["train"] and shards["val"]):
             fail(f"{folder}: too few documents to train on some and hold some out; bring more, or longer ones")
         save_encoding(encoding, new)
