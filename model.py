@@ -228,17 +228,21 @@ class ChunkedHeadLoss(torch.autograd.Function):
     def forward(ctx, x, head, targets, weights, with_grad):             # (N, d), (V, d), (N, s), (s,)
         size = 512 if x.device.type == "cpu" else 4096                  # fits a CPU's cache; fills a GPU
         exact = torch.promote_types(head.dtype, torch.float32)
+        weights = weights.to(exact)
         loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head, dtype=exact) if with_grad else None
         for chunk, target in zip(x.split(size), targets.split(size)):
             z = F.linear(chunk, head)                                   # (size, V), the logits
-            hit = (z.gather(1, target) * weights.to(exact)).sum(1)          # not @, which autocast takes to bfloat16
+            hit = (z.gather(1, target) * weights).sum(1)                    # not @, which autocast takes to bfloat16
             top = z.amax(1)
             p = torch.softmax(z, 1, dtype=exact, out=z if z.dtype == exact else None)   # in place where it can be
             loss = loss + (top - p.amax(1).log() - hit).sum()           # the largest p is 1 / sum(exp(z - top))
             if with_grad:
-                z = z.copy_(p.scatter_add_(1, target, -weights.to(p).expand_as(target)))    # cast once for both
+                z = z.copy_(p.scatter_add_(1, target, -weights.expand_as(target)))      # cast once for both products
                 grad_x.append(z @ head)
-                torch.addmm(grad_head, z.T, chunk, out=grad_head) if z.dtype == exact else grad_head.add_(z.T @ chunk)
+                if z.dtype == exact:
+                    torch.addmm(grad_head, z.T, chunk, out=grad_head)   # without another tensor of the table's size
+                else:
+                    grad_head += z.T @ chunk
         if with_grad:
             ctx.save_for_backward(torch.cat(grad_x), grad_head)
         return loss / len(x)
@@ -298,6 +302,7 @@ def run_folder(path):
 
 
 def best_device():
+    """The name of the best kind of device here: "cuda", "mps" or "cpu"."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
