@@ -1658,7 +1658,7 @@ def test_a_gpus_larger_chunks_of_the_heads_loss_are_counted(planned):
                 model(*data.bags(batch, 1, 1)).backward()
         found = planned(*NARROW, "--seq-len", 16, "--vocab-size", 9000, "--batch-size", rows, "--micro-batch-size", rows, "--s", 1,
                         "--device", "cuda", "--dtype", "float32", "--no-compile")["memory_per_device"]
-        assert found["total"] - found["optimizer"] == pytest.approx(live.peak, rel=0.03)
+        assert found["total"] - found["optimizer"] == pytest.approx(live.peak, rel=0.02)
 
 
 def test_a_layer_keeps_what_the_list_of_its_tensors_says_and_checkpointed_only_its_input(planned):

@@ -130,9 +130,7 @@ def train(args, checkpoint=None):
             fully_shard(part, mesh=mesh, mp_policy=policy)
     elif WORLD > 1:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    matrices, gains = ([p for p in model.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
-                                   {"params": gains, "weight_decay": 0.0}], lr=args.lr, betas=BETAS, fused=True)
+    optimizer = make_optimizer(model, args.lr)
     start, seconds_before = 0, 0.0
     if checkpoint:
         set_state_dict(model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
@@ -248,8 +246,8 @@ def train(args, checkpoint=None):
         f"({time.time() - started:.0f} s with start-up); peak memory {peak_memory(device) / 2 ** 30:.2f} GiB; "
         f"checkpoint {out}/ckpt.pt")
     if args.model == "tiny":
-        say("on tiny TST ends 0.07 to 0.19 below the baseline with some seeds and 0.06 above it with others: Results in "
-            "README.md")
+        say("on tiny TST ends 0.07 to 0.19 below the baseline with some seeds and 0.06 above it with others: Results "
+            "in README.md")
     other = {"s": 1} if switch_step else {"s": RECIPES[args.model]["s"], "r": 0.3}
     same = {name: args.given[name] for name in args.given if name not in ("s", "r", "s_in", "s_out", "out", "resume")}
     say(f"{'the baseline' if switch_step else 'TST'}, to compare: python train_tst.py "
@@ -350,6 +348,13 @@ def as_flags(values):
         elif value is not None and not isinstance(value, dict):
             words += [f"--{flag}", str(value)]
     return words
+
+
+def make_optimizer(model, lr):
+    """AdamW with weight decay on the matrices, none on the norms' gains."""
+    matrices, gains = ([p for p in model.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
+                              {"params": gains, "weight_decay": 0.0}], lr=lr, betas=BETAS, fused=True)
 
 
 def learning_rate(args, step):

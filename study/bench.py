@@ -28,7 +28,7 @@ from torch._dynamo.utils import counters
 
 import data
 from model import GPT, PRESETS, ChunkedHeadLoss, bag_weights, multi_hot_cross_entropy, table_rows
-from train_tst import BETAS, GRAD_CLIP, MAX_MICRO_BATCH, RECIPES, WEIGHT_DECAY, compiler_works
+from train_tst import GRAD_CLIP, MAX_MICRO_BATCH, RECIPES, compiler_works, make_optimizer
 
 SIZES = (1, 2, 4, 6, 8, 16)
 SECONDS = 6             # of a race, where its fewest rounds do not take longer
@@ -205,9 +205,7 @@ def ours(args, kind):
 
 def trainer(args, model, loss_of):
     """A function of s that takes an optimizer step as train_tst.py does; its waits[s] are its times to fetch rows."""
-    matrices, gains = ([p for p in model.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
-                                   {"params": gains, "weight_decay": 0.0}], lr=1e-4, betas=BETAS, fused=True)
+    optimizer = make_optimizer(model, lr=1e-4)
     batches, rows, count = {}, {}, itertools.count()
 
     def fetch(s):

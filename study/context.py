@@ -19,7 +19,7 @@ ROWS, PARTS = 1000, 8
 def losses(out, args):
     """The mean next-token loss, nats, in each of PARTS equal parts of the row, over ROWS rows of validation data."""
     model, l = load_model(out)[0], args["seq_len"]
-    tokens = data.Stream(sorted((HERE.parent / args["data"]).glob("*val*.bin")), model.config.vocab_size)
+    _, tokens, *_ = data.load(HERE.parent / args["data"])
     found = []
     for k in range(ROWS):
         row = tokens.read(k * (len(tokens) - l - 1) // (ROWS - 1), l + 1)
@@ -31,13 +31,14 @@ def losses(out, args):
 
 def main(*runs):
     torch.set_num_threads(1)
-    unfinished = [flags for flags in runs if not finished(folder(flags))]
-    if unfinished or not runs:
+    done = {flags: finished(folder(flags)) for flags in runs}
+    if not runs or None in done.values():
+        unfinished = [flags for flags in runs if not done[flags]]
         raise SystemExit(f"study/context.py: name runs that study/run.py has made, by their flags: {unfinished}")
-    args = [finished(folder(flags))[0] for flags in runs]
-    columns = [losses(folder(flags), arg) for flags, arg in zip(runs, args)]
+    columns = [losses(folder(flags), args) for flags, (args, _) in done.items()]
     print("| positions | " + " | ".join(f"`{flags}`" for flags in runs) + " |\n" + "| --- " * (len(runs) + 1) + "|")
-    for part, row in zip(np.array_split(np.arange(1, args[0]["seq_len"] + 1), PARTS), zip(*columns)):
+    seq_len = done[runs[0]][0]["seq_len"]
+    for part, row in zip(np.array_split(np.arange(1, seq_len + 1), PARTS), zip(*columns)):
         print(f"| {part[0]} to {part[-1]} | " + " | ".join(f"{loss:.3f}" for loss in row) + " |")
 
 

@@ -17,8 +17,9 @@ def main():
     except ImportError:
         raise SystemExit("study/draw.py: matplotlib is missing: pip install matplotlib")
     switch, found = 0, defaultdict(lambda: defaultdict(list))        # s: step: a loss for each seed
-    for args, out in ((finished(out)[0], out) for out in map(folder, EXPERIMENTS["seeds"]) if finished(out)):
-        steps, switch = args["steps"], round(args["r"] * args["steps"]) or switch
+    for out in filter(finished, map(folder, EXPERIMENTS["seeds"])):
+        args, _ = finished(out)
+        steps, switch = args["steps"], max(switch, round(args["r"] * args["steps"]))
         for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
             if line["val_loss"]:
                 found[args["s"]][line["step"]].append(line["val_loss"])
