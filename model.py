@@ -232,12 +232,12 @@ class ChunkedHeadLoss(torch.autograd.Function):
         loss, grad_x, grad_head = 0.0, [], torch.zeros_like(head, dtype=exact) if with_grad else None
         for chunk, target in zip(x.split(size), targets.split(size)):
             z = F.linear(chunk, head)                                   # (size, V), the logits
-            hit = (z.gather(1, target) * weights).sum(1)                    # not @, which autocast takes to bfloat16
+            hit = (z.gather(1, target) * weights).sum(1)                # not @, which autocast takes to bfloat16
             top = z.amax(1)
             p = torch.softmax(z, 1, dtype=exact, out=z if z.dtype == exact else None)   # in place where it can be
             loss = loss + (top - p.amax(1).log() - hit).sum()           # the largest p is 1 / sum(exp(z - top))
             if with_grad:
-                z = z.copy_(p.scatter_add_(1, target, -weights.expand_as(target)))      # cast once for both products
+                z = z.copy_(p.scatter_add_(1, target, -weights.expand_as(target)))  # cast once for both
                 grad_x.append(z @ head)
                 if z.dtype == exact:
                     torch.addmm(grad_head, z.T, chunk, out=grad_head)   # without another tensor of the table's size
