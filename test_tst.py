@@ -1476,7 +1476,7 @@ def test_your_own_text_comes_out_document_by_document(notes, bpe, tmp_path, monk
 
 
 def test_shards_are_written_as_they_fill(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_TOKENS", 1100)         # the last batch fills one and leaves a rest
+    monkeypatch.setattr(data, "SHARD_TOKENS", 1400)         # the last batch fills one and leaves a rest
     monkeypatch.setattr(data, "BATCH_DOCUMENTS", 5)
     written = []
 
@@ -1487,9 +1487,9 @@ def test_shards_are_written_as_they_fill(tmp_path, monkeypatch):
 
     encoding = data.byte_pair_encoding("bytes", ".", {bytes([i]): i for i in range(256)})
     data.write_corpus(tmp_path / "out", "x", documents(), encoding)
-    assert written[20] == 1 and written[99] == 7
+    assert written[20] == 1 and written[99] == 6
     assert {name: (len(content) - 1024) // 2 for name, content in contents(tmp_path / "out").items() if "bin" in name} == {
-        "x_val_000000.bin": 1000, **{f"x_train_{k:06d}.bin": 1100 for k in range(8)}, "x_train_000008.bin": 200}
+        "x_val_000000.bin": 1000, **{f"x_train_{k:06d}.bin": 1400 for k in range(6)}, "x_train_000006.bin": 600}
     tokens = data.Stream(sorted((tmp_path / "out").glob("x_train*")), 257).read(0, 9000).tolist()
     assert encoding.decode(tokens).split(data.END_OF_TEXT)[1:] == [f"{i:099d}" for i in range(100) if i % 10]
 
