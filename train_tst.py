@@ -40,7 +40,7 @@ from model import GPT, PRESETS, bag_weights, best_device, find_device, load_chec
 LARGE = dict(s=6, steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1,
              eval_every=500, save_every=500)
 RECIPES = {
-    "tiny": dict(s=3, steps=3500, batch_size=32, seq_len=96, lr=3e-3, warmup_steps=200, decay_frac=0.4,
+    "tiny": dict(s=6, steps=3500, batch_size=32, seq_len=96, lr=3e-3, warmup_steps=200, decay_frac=0.4,
                  eval_every=500, save_every=500),
     "270m": dict(LARGE, lr=1e-3),
     "600m": dict(LARGE, lr=5e-4),
