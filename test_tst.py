@@ -275,11 +275,12 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_64():
         assert model.embedding.weight.shape == model.head.weight.shape == (rows, 8)
 
 
-def test_initial_weights():
-    model = GPT(Config(8, 64, 4, 2, 192, vocab_size=1000))
+@pytest.mark.parametrize("init_std", [0.02, 0.05])
+def test_initial_weights(init_std):
+    model = GPT(Config(8, 64, 4, 2, 192, vocab_size=1000, init_std=init_std))
     for name, p in model.named_parameters():
         if p.ndim == 2:
-            std = 0.02 / 4 if name.endswith(("out.weight", "down.weight")) else 0.02
+            std = init_std / 4 if name.endswith(("out.weight", "down.weight")) else init_std
             assert p.std().item() == pytest.approx(std, rel=0.1), name
         else:
             assert torch.equal(p, torch.ones_like(p)), name

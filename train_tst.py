@@ -50,7 +50,7 @@ MAX_MICRO_BATCH = {"tiny": 64, "270m": 16, "600m": 8, "3b": 4}
 MAX_VAL_TOKENS = {"tiny": 200_000, "270m": 10_000_000, "600m": 10_000_000, "3b": 10_000_000}
 BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-SHAPE_FLAGS = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden")
+SHAPE_FLAGS = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_hidden", "init_std")
 FREE_ON_RESUME = ("resume", "out", "data", "device", "dtype", "compile", "fsdp", "checkpoint_activations",
                   "micro_batch_size", "eval_every", "save_every")
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default                # torchrun sets them
@@ -549,6 +549,7 @@ def make_parser():
         ("model", tuple(PRESETS), "preset: tiny on the built-in corpus, else 270m, unless given"),
         ("n-layer", count, "layers"), ("n-embd", count, "width"), ("n-head", count, "query heads"),
         ("n-kv-head", count, "key-value heads"), ("n-hidden", count, "width of the SwiGLU"),
+        ("init-std", number(float, 0), "standard deviation of the initial weights"),
         ("data", str, f"folder of token shards: {data.PYTHON_CORPUS} is the built-in corpus; data/fineweb is the "
          "default where that and an accelerator are there"),
         ("steps", count, "optimizer steps, both phases together"),
