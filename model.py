@@ -36,13 +36,13 @@ class Config:
     n_kv_head: int
     n_hidden: int                   # width of the SwiGLU
     rope_theta: float = 500_000.0
-    init_std: float = 0.02
+    init_std: float = 0.02          # of the blocks' initial weights
     vocab_size: int = 50_257        # tokens that exist; tables are padded to a multiple of 64
     seq_len: int = 1024             # l, the positions the trunk sees
 
 
 PRESETS = {
-    "tiny": Config(2, 96, 2, 1, 192, rope_theta=10_000.0, init_std=0.05),      # 0.02 at 600 wide, scaled to 96
+    "tiny": Config(2, 96, 2, 1, 192, rope_theta=10_000.0, init_std=0.05),      # the same on 96 inputs as 0.02 on 600
     "270m": Config(30, 768, 12, 4, 2048),
     "600m": Config(32, 1152, 18, 6, 3072),
     "3b": Config(36, 2048, 16, 4, 11008),
@@ -95,8 +95,9 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:     # outputs into the residual stream start smaller, as there are 2 a layer
+                std = config.init_std if name.startswith("blocks") else 0.02
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                nn.init.normal_(p, std=config.init_std / (math.sqrt(2 * config.n_layer) if residual else 1))
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if residual else std)
 
     def forward(self, bags, targets=None, weights=None):
         """bags (B, l, s) integer -> logits (B, l, V), or with targets (B, l, s) the scalar loss.

@@ -549,7 +549,7 @@ def make_parser():
         ("model", tuple(PRESETS), "preset: tiny on the built-in corpus, else 270m, unless given"),
         ("n-layer", count, "layers"), ("n-embd", count, "width"), ("n-head", count, "query heads"),
         ("n-kv-head", count, "key-value heads"), ("n-hidden", count, "width of the SwiGLU"),
-        ("init-std", number(float, 0), "standard deviation of the initial weights"),
+        ("init-std", number(float, 0), "standard deviation of the blocks' initial weights; 0.02 that of the tables"),
         ("data", str, f"folder of token shards: {data.PYTHON_CORPUS} is the built-in corpus; data/fineweb is the "
          "default where that and an accelerator are there"),
         ("steps", count, "optimizer steps, both phases together"),
