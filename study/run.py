@@ -35,6 +35,8 @@ def grid(**flags):
 EXPERIMENTS = {                         # a flag at tiny's default is left out, so that no run is made twice
     "seeds": grid(s=[1, 6]) + grid(s=[1, 6], seed=[1, 2, 3, 4]),                # equal FLOPs
     "lr": grid(s=[1, 6]) + grid(s=[1, 6], lr=[1.5e-3, 6e-3]),                   # fair ground: best against best
+    "init": grid(s=[1, 6], init_std=0.02) + grid(s=[1, 6], init_std=0.02, seed=[1, 2]) + grid(
+        s=[1, 6], init_std=0.1, seed=1),
     "decay": grid(s=[1, 6]) + grid(s=[1, 6], decay_frac=[0.2, 0.6]),
     "batch": grid(s=[1, 6]) + grid(s=[1, 6], batch_size=16, steps=7000, lr=2e-3),
     "data": grid(s=3) + grid(s=1, steps=5600),                                  # equal data: as many tokens
