@@ -36,11 +36,11 @@ import data
 from data import fail
 from model import GPT, PRESETS, bag_weights, best_device, find_device, load_checkpoint, run_folder
 
-S, R = 6, 0.3                           # the paper's for its 270M to 3B
+S = 6                                   # the paper's for its 270M to 3B
 # What each preset trains with where no flag says otherwise; batch_size counts sequences per optimizer step.
-LARGE = dict(steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1)
+LARGE = dict(r=0.3, steps=20_000, batch_size=512, seq_len=1024, warmup_steps=2000, decay_frac=0.1)
 RECIPES = {
-    "tiny": dict(steps=3500, batch_size=32, seq_len=96, lr=3e-3, warmup_steps=200, decay_frac=0.4),
+    "tiny": dict(r=0.2, steps=3500, batch_size=32, seq_len=96, lr=3e-3, warmup_steps=200, decay_frac=0.4),
     "270m": dict(LARGE, lr=1e-3),
     "600m": dict(LARGE, lr=5e-4),
     "3b": dict(LARGE, lr=1e-4),
@@ -244,7 +244,7 @@ def train(args, checkpoint=None):
     say(f"{out}: validation loss {bits(entry)} after {entry['tokens']:,} tokens in {entry['seconds']:.0f} s "
         f"({time.time() - started:.0f} s with start-up); peak memory {peak_memory(device) / 2 ** 30:.2f} GiB; "
         f"checkpoint {out}/ckpt.pt")
-    other = {"s": 1} if switch_step else {"s": S, "r": R}
+    other = {"s": 1} if switch_step else {"s": S}
     same = {name: args.given[name] for name in args.given if name not in ("s", "r", "s_in", "s_out", "out", "resume")}
     say(f"{'the baseline' if switch_step else 'TST'}, to compare: python train_tst.py "
         + shlex.join(as_flags({**other, **same})))
@@ -295,12 +295,12 @@ def default_flags(given):
     cuda, recipe = flags["device"].startswith("cuda"), RECIPES[flags["model"]]
     shape = {name: getattr(PRESETS[flags["model"]], name) for name in SHAPE_FLAGS}
     flags = {**recipe, **shape, "s": S, "weighting": "uniform", "seed": 0, "compile": cuda, "fsdp": False,
-             "checkpoint_activations": False, "micro_batch_size": None, "out": None, "resume": None,
-             "eval_every": 500, "save_every": 500, "dtype": "bfloat16" if cuda and has_bfloat16() else "float32", **flags}
+             "checkpoint_activations": False, "micro_batch_size": None, "eval_every": 500, "save_every": 500,
+             "out": None, "resume": None, "dtype": "bfloat16" if cuda and has_bfloat16() else "float32", **flags}
     flags = {"s_in": flags["s"], "s_out": flags["s"], **flags}
     superposed = max(flags["s_in"], flags["s_out"]) > 1
     warmup_steps = min(recipe["warmup_steps"], flags["steps"] // 10)
-    return {**flags, "r": R if superposed else 0.0, "warmup_steps": warmup_steps, **given}
+    return {**flags, "r": recipe["r"] if superposed else 0.0, "warmup_steps": warmup_steps, **given}
 
 
 def check(args, taken):
