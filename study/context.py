@@ -1,6 +1,8 @@
 """Where in its context does a model gain? Validation loss by position in the row, for runs of study/run.py.
 
-    python study/context.py "--s 1" "--s 3" "--s 3 --seed 2"            # named by their flags
+    python study/context.py "--s 1" "--s 6 --r 0.2"                     # named by their flags
+
+The last line is the loss on the first half of each row when it is read a second time, right after the first.
 """
 import sys
 
@@ -17,16 +19,20 @@ ROWS, PARTS = 1000, 8
 
 
 def losses(out, args):
-    """The mean next-token loss, nats, in each of PARTS equal parts of the row, over ROWS rows of validation data."""
+    """The mean next-token loss, nats, in each of PARTS equal parts of ROWS validation rows, and of their halves again."""
     model, l = load_model(out)[0], args["seq_len"]
     _, tokens, *_ = data.load(HERE.parent / args["data"])
-    found = []
-    for k in range(ROWS):
-        row = tokens.read(k * (len(tokens) - l - 1) // (ROWS - 1), l + 1)
-        inputs, targets = data.bags(torch.from_numpy(row.astype(np.int64))[None], 1, 1)
-        with torch.no_grad():
-            found.append(F.cross_entropy(model(inputs)[0], targets[0, :, 0], reduction="none"))
-    return [part.mean().item() for part in torch.stack(found).mean(0).tensor_split(PARTS)]
+    rows = [tokens.read(k * (len(tokens) - l - 1) // (ROWS - 1), l + 1) for k in range(ROWS)]
+    plain, again = (torch.stack([loss_of(model, row) for row in group]).mean(0) for group in (
+        rows, [np.tile(row[:l // 2], 2) for row in rows]))
+    return [part.mean().item() for part in (*plain.tensor_split(PARTS), again[l // 2:])]
+
+
+@torch.no_grad()
+def loss_of(model, row):
+    """row (n,) tokens -> (n - 1,), the loss of each but the first."""
+    inputs, targets = data.bags(torch.from_numpy(row)[None], 1, 1)
+    return F.cross_entropy(model(inputs)[0], targets[0, :, 0], reduction="none")
 
 
 def main(*runs):
@@ -38,8 +44,9 @@ def main(*runs):
     columns = [losses(folder(flags), args) for flags, (args, _) in done.items()]
     print("| positions | " + " | ".join(f"`{flags}`" for flags in runs) + " |\n" + "| --- " * (len(runs) + 1) + "|")
     seq_len = done[runs[0]][0]["seq_len"]
-    for part, row in zip(np.array_split(np.arange(1, seq_len + 1), PARTS), zip(*columns)):
-        print(f"| {part[0]} to {part[-1]} | " + " | ".join(f"{loss:.3f}" for loss in row) + " |")
+    names = [f"{part[0]} to {part[-1]}" for part in np.array_split(np.arange(1, seq_len + 1), PARTS)]
+    for name, row in zip([*names, f"1 to {seq_len // 2}, again"], zip(*columns)):
+        print(f"| {name} | " + " | ".join(f"{loss:.3f}" for loss in row) + " |")
 
 
 if __name__ == "__main__":
