@@ -40,7 +40,7 @@ def both(**flags):
 EXPERIMENTS = {                         # a seed of 0 is left out, so that no run is made twice
     "seeds": both() + both(seed=[1, 2, 3]),                                     # equal FLOPs
     "lr": both() + both(lr=[1.5e-3, 6e-3]),                                     # fair ground: best against best
-    "decay": both() + both(decay_frac=0.2),
+    "decay": both() + both(decay_frac=[0.2, 0.6]),
     "init": both(init_std=0.02) + both(init_std=0.02, seed=[1, 2]) + grid(s=6, r=0.3, init_std=0.02) + grid(
         s=6, r=0.3, init_std=0.02, seed=[1, 2]),
     "batch": both() + both(batch_size=16, steps=7000, lr=2e-3),
