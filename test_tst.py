@@ -457,7 +457,7 @@ def test_a_short_run_lowers_the_loss_and_writes_what_it_promises(run):
     assert all((line["val_loss"] is None) == (line["val_bpb"] is None) for line in log)
     assert all(a["seconds"] < b["seconds"] for a, b in zip(log, log[1:]))
     assert log[0]["loss"] == pytest.approx(math.log(256), abs=0.1)              # 250 tokens in a padded head of 256
-    assert log[-1]["val_loss"] < log[19]["val_loss"] - 0.3
+    assert log[-1]["val_loss"] < min(log[0]["loss"] - 1.5, log[19]["val_loss"])
     assert {path.name for path in run.iterdir()} == {"args.json", "meta.json", "encoding.json", "metrics.jsonl", "ckpt.pt",
                                                      "ckpt_switch.pt"}
 
