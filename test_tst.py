@@ -65,7 +65,7 @@ def flags(corpus, out, *more):
     """A run of 12 steps with the switch after 6, in about a second; later flags win."""
     return ["--data", str(corpus), "--out", str(out), "--model", "tiny", "--s", "3", "--r", "0.5", "--steps", "12",
             "--batch-size", "8", "--seq-len", "16", "--n-embd", "32", "--n-head", "4", "--n-kv-head", "2", "--n-hidden", "48",
-            "--device", "cpu", "--warmup-steps", "2", "--decay-frac", "0.5", "--eval-every", "6", *more]
+            "--init-std", "0.02", "--device", "cpu", "--warmup-steps", "2", "--decay-frac", "0.5", "--eval-every", "6", *more]
 
 
 def lines(out):
@@ -457,7 +457,7 @@ def test_a_short_run_lowers_the_loss_and_writes_what_it_promises(run):
     assert all((line["val_loss"] is None) == (line["val_bpb"] is None) for line in log)
     assert all(a["seconds"] < b["seconds"] for a, b in zip(log, log[1:]))
     assert log[0]["loss"] == pytest.approx(math.log(256), abs=0.1)              # 250 tokens in a padded head of 256
-    assert log[-1]["val_loss"] < min(log[0]["loss"] - 1.5, log[19]["val_loss"])
+    assert log[-1]["val_loss"] < log[19]["val_loss"] - 0.3
     assert {path.name for path in run.iterdir()} == {"args.json", "meta.json", "encoding.json", "metrics.jsonl", "ckpt.pt",
                                                      "ckpt_switch.pt"}
 
