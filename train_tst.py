@@ -245,8 +245,8 @@ def train(args, checkpoint=None):
         f"({time.time() - started:.0f} s with start-up); peak memory {peak_memory(device) / 2 ** 30:.2f} GiB; "
         f"checkpoint {out}/ckpt.pt")
     if args.model == "tiny":
-        say("on tiny TST ends 0.17 below the baseline with --r 0.2, the default, and not with every seed with --r 0.3: "
-            "Results in README.md")
+        say("on tiny TST ended below the baseline with every seed at --r 0.2, the default, but not at --r 0.3: Results "
+            "in README.md")
     other = {"s": 1} if switch_step else {"s": S}
     same = {name: args.given[name] for name in args.given if name not in ("s", "r", "s_in", "s_out", "out", "resume")}
     say(f"{'the baseline' if switch_step else 'TST'}, to compare: python train_tst.py "
