@@ -78,11 +78,13 @@ def bags(rows, s_in, s_out):
 class Batches:
     """The rows of every training batch, with no state: resuming is asking for another step.
 
-    Each phase owns a stretch of the stream, in proportion to the tokens it reads, cut into n
-    windows of l * s_in tokens. A row is a window and the s_out tokens after it, its last
-    target. Row k of a phase is window (offset + k * stride) % n, with an offset drawn from
-    the seed. The stride is near 0.618 n, so that successive rows are far apart, and coprime
-    to n, so that no window comes twice within an epoch.
+    The stream is cut into pieces of equal size, and each piece into a stretch for each phase, in
+    proportion to the tokens it reads, so that all phases meet the same kinds of text and none
+    the other's. A phase's stretches are cut into n windows of l * s_in tokens. A row is a window
+    and the s_out tokens after it, its last target. Row k of a phase is window
+    (offset + k * stride) % n, with an offset drawn from the seed. The stride is near 0.618 n, so
+    that successive rows are far apart, and coprime to n, so that no window comes twice within
+    an epoch.
 
     tokens: a `Stream`; phases: [(steps, s_in, s_out), ...]. `epochs` says how often the
     run will read the data. SystemExit(2) if a stretch is too short for one batch.
@@ -92,29 +94,35 @@ class Batches:
         self.tokens, self.batch_size = tokens, batch_size
         self.phases, self.epochs, first_step = [], 0.0, 0
         reads = np.cumsum([0] + [steps * s_in for steps, s_in, _ in phases]).tolist()
-        cuts = [len(tokens) * read // reads[-1] for read in reads]
+        shared = all(steps for steps, *_ in phases)         # else one phase has the stream to itself
+        window = seq_len * max(s_in for _, s_in, _ in phases)
+        pieces = max(1, len(tokens) // (1000 * window)) if shared else 1        # so long that their ends waste little
+        self.piece = len(tokens) // pieces
+        cuts = [self.piece * read // reads[-1] for read in reads]
         for k, (steps, s_in, s_out) in enumerate(phases):
-            windows = (cuts[k + 1] - cuts[k] - s_out) // (seq_len * s_in)
+            in_piece = (cuts[k + 1] - cuts[k] - s_out) // (seq_len * s_in)
+            windows = pieces * in_piece
             if steps == 0:
                 continue
             if windows < batch_size:
                 fail(f"{len(tokens):,} training tokens are too few for a batch of {batch_size} rows of {seq_len} bags "
                      f"of {s_in}: bring more data, or lower --batch-size, --seq-len or --s")
             offset = int(np.random.default_rng((seed, k)).integers(windows))
-            self.phases.append((first_step, cuts[k], windows, seq_len * s_in, s_out, offset))
+            self.phases.append((first_step, cuts[k], in_piece, windows, seq_len * s_in, s_out, offset))
             self.epochs = max(self.epochs, steps * batch_size / windows)
             first_step += steps
 
     def rows(self, step, first, count):
         """Rows first .. first + count - 1 of the batch of step (from 0): (count, l * s_in + s_out) int64."""
-        first_step, start, windows, window, s_out, offset = self.phase(step)
+        first_step, start, in_piece, windows, window, s_out, offset = self.phase(step)
         row, stride = (step - first_step) * self.batch_size + first, golden_stride(windows)
-        places = [start + (offset + (row + k) * stride) % windows * window for k in range(count)]
-        return torch.from_numpy(np.stack([self.tokens.read(place, window + s_out) for place in places]))
+        places = (divmod((offset + (row + k) * stride) % windows, in_piece) for k in range(count))
+        return torch.from_numpy(np.stack([
+            self.tokens.read(piece * self.piece + start + place * window, window + s_out) for piece, place in places]))
 
     def epoch(self, step):
         """How often the phase of step (from 0) has used up its stretch before that step."""
-        first_step, _, windows, *_ = self.phase(step)
+        first_step, _, _, windows, *_ = self.phase(step)
         return (step - first_step) * self.batch_size // windows
 
     def phase(self, step):

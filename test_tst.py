@@ -312,7 +312,8 @@ def test_a_batch_is_the_slice_of_the_stream_that_the_rule_says(corpus):
 
 class Counting:
     """A stream whose token i is i, so that a batch shows where it was read."""
-    def __len__(self): return 10_007
+    def __init__(self, length=10_007): self.length = length
+    def __len__(self): return self.length
     def read(self, start, n): return np.arange(start, start + n)
 
 
@@ -325,6 +326,16 @@ def test_no_token_is_read_twice_in_either_phase_until_the_data_are_used_up():
     again = data.Batches(Counting(), [(2000, 1, 1)], batch_size=1, seq_len=13, seed=3)
     assert [again.epoch(step) for step in (768, 769, 1537, 1538)] == [0, 1, 1, 2]       # there are 769 windows
     assert len({int(again.rows(step, 0, 1)[0, 0]) for step in range(769)}) == 769
+
+
+def test_both_phases_read_from_all_parts_of_the_stream_and_none_the_others_tokens():
+    batches = data.Batches(Counting(1_000_003), [(1400, 4, 4), (4800, 1, 1)], batch_size=7, seq_len=13, seed=3)
+    assert 0.9 < batches.epochs < 1
+    read = [np.concatenate([batches.rows(step, 0, 7)[:, :13 * s].flatten() for step in steps])
+            for s, steps in ((4, range(1400)), (1, range(1400, 6200)))]
+    assert len(set(np.concatenate(read).tolist())) == 7 * 13 * (1400 * 4 + 4800)
+    for tokens in read:                                     # in each tenth of the stream a tenth of the phase's
+        assert np.bincount(tokens // 100_001) / len(tokens) == pytest.approx(0.1, abs=0.01)
 
 
 def test_the_rows_of_a_batch_are_spread_over_the_whole_stretch():
