@@ -492,6 +492,21 @@ def test_the_switch_changes_s_and_nothing_else(corpus, tmp_path, run):
     assert loss.item() == pytest.approx(lines(run)[30]["loss"], rel=1e-6)
 
 
+def test_the_superposition_phase_may_have_several_bag_sizes(corpus, tmp_path):
+    """Smaller and smaller bags, each for its own fraction of the steps, and a run that goes on in the midst of them."""
+    words = flags(corpus, tmp_path / "a", "--s", "4,2", "--r", "0.3,0.2", "--steps", "10", "--save-every", "4")
+    train_tst.main(words)
+    log = lines(tmp_path / "a")
+    assert [line["s"] for line in log] == 3 * [4] + 2 * [2] + 5 * [1]
+    assert [line["phase"] for line in log] == 5 * ["superposition"] + 5 * ["recovery"]
+    assert np.diff([0] + [line["tokens"] for line in log]).tolist() == [line["s"] * 8 * 16 for line in log]
+    assert models.load_checkpoint(tmp_path / "a" / "ckpt_switch.pt")["step"] == 5
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.copy(tmp_path / "b" / "ckpt_switch.pt", tmp_path / "b" / "ckpt.pt")
+    train_tst.main(["--resume", str(tmp_path / "b")])
+    assert losses(tmp_path / "b") == losses(tmp_path / "a") and lines(tmp_path / "b")[-1]["tokens"] == log[-1]["tokens"]
+
+
 def test_the_baseline_is_the_same_code_path(corpus, tmp_path):
     train_tst.main(flags(corpus, tmp_path / "s1", "--s", "1"))
     train_tst.main(flags(corpus, tmp_path / "r0", "--r", "0"))
@@ -617,7 +632,8 @@ def test_sampling_needs_the_runs_folder_alone_and_puts_text_alone_on_standard_ou
 # Bad input
 
 @pytest.mark.parametrize("bad, names", [
-    (["--s", "0"], "--s"), (["--s", "two"], "--s"), (["--s-in", "0"], "--s-in"), (["--r", "1.5"], "--r"),
+    (["--s", "0"], "--s"), (["--s", "two"], "--s"), (["--s", "4,2", "--r", "0.5"], "--r"), (["--s", "4,"], "--s"),
+    (["--s", "4,2", "--r", "0.6,0.6"], "--r"), (["--s-in", "0"], "--s-in"), (["--r", "1.5"], "--r"),
     (["--r", "nan"], "--r"), (["--steps", "0"], "--steps"), (["--batch-size", "-1"], "--batch-size"),
     (["--micro-batch-size", "0"], "--micro-batch-size"), (["--micro-batch-size", "3"], "--micro-batch-size 3"),
     (["--seq-len", "0"], "--seq-len"), (["--lr", "0"], "--lr"), (["--lr", "inf"], "--lr"), (["--lr", "nan"], "--lr"),
@@ -1393,9 +1409,8 @@ def test_a_run_says_how_many_shards_of_fineweb_it_needs():
             def __len__(self): return 100_000_000 * shards
 
         args, _ = train_tst.parse(["--data", "data/fineweb", "--model", "270m", "--device", "cpu", *more])
-        switch = round(args.r * args.steps)
-        batches = data.Batches(Tokens(), [(switch, args.s, args.s), (args.steps - switch, 1, 1)], 512, 1024, 0)
-        return train_tst.describe(args, switch, Tokens(), batches, None, meta)
+        phases = train_tst.bag_phases(args)
+        return train_tst.describe(args, phases, Tokens(), data.Batches(Tokens(), phases, 512, 1024, 0), None, meta)
 
     meta = {}
     name, other = "fineweb_train_000001.bin", " --out data/fineweb-100B\n"        # its first 103 shards are others

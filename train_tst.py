@@ -96,10 +96,11 @@ def train(args, checkpoint=None):
     train_tokens, val_tokens, meta, encoding = data.load(args.data)
     if checkpoint and checkpoint["data"]["hash"] != meta["hash"]:
         fail(f"--resume {args.resume}: {args.data} no longer holds the data of this run; restore them or start anew")
-    switch_step = round(args.r * args.steps) if max(args.s_in, args.s_out) > 1 else 0
-    batches = data.Batches(train_tokens, [(switch_step, args.s_in, args.s_out), (args.steps - switch_step, 1, 1)],
-                           args.batch_size, args.seq_len, args.seed)
-    say(describe(args, switch_step, train_tokens, batches, encoding, meta))
+    phases = bag_phases(args)
+    switch_step = args.steps - phases[-1][0]
+    sizes = [(s_in, s_out) for steps, s_in, s_out in phases for _ in range(steps)]      # of the bags of each step
+    batches = data.Batches(train_tokens, phases, args.batch_size, args.seq_len, args.seed)
+    say(describe(args, phases, train_tokens, batches, encoding, meta))
     share, micro = args.batch_size // WORLD, micro_batch_size(args)
     accumulation = share // micro
 
@@ -184,10 +185,11 @@ def train(args, checkpoint=None):
     # The loop
     flag, begun = stop_flag(), time.time()
     weights = pending = None
+    tokens = positions * sum(s_in for s_in, _ in sizes[:start])
     rows = fetch(start * accumulation)
     for step in range(start, args.steps):
-        s_in, s_out = (args.s_in, args.s_out) if step < switch_step else (1, 1)     # the phase switch
-        if step in (start, switch_step):
+        s_in, s_out = sizes[step]                                       # (s, s), and (1, 1) after the phase switch
+        if step == start or s_out != sizes[step - 1][1]:
             weights = bag_weights(args.weighting, s_out).to(device)
         if step > start and batches.epoch(step) > batches.epoch(step - 1):
             say(f"step {step + 1:,}: this phase has used up its data; its epoch {batches.epoch(step) + 1} begins")
@@ -215,10 +217,9 @@ def train(args, checkpoint=None):
 
         if pending:
             write(*pending)         # the step before this one's, whose loss has arrived: the device never waits
-        done = step + 1
+        done, tokens = step + 1, tokens + positions * s_in
         entry = {"step": done, "phase": "superposition" if step < switch_step else "recovery", "s": max(s_in, s_out),
-                 "loss": None, "lr": lr, "val_loss": None, "val_bpb": None,
-                 "tokens": positions * (args.s_in * min(done, switch_step) + max(0, done - switch_step)),
+                 "loss": None, "lr": lr, "val_loss": None, "val_bpb": None, "tokens": tokens,
                  "s_tokens": positions * done, "seconds": seconds_before + time.time() - begun}
         pending = (entry, read)
         stopping = bool(stop)
@@ -274,10 +275,10 @@ def parse(argv=None):
         stored = checkpoint["args"]
         for name in given.keys() - set(FREE_ON_RESUME):
             if given[name] != stored.get(name):
-                fail(f"--{name.replace('_', '-')} {given[name]} contradicts the run in {resume}, which has "
-                     f"{stored.get(name)}; leave it out, or start a new run")
+                fail(f"--{name.replace('_', '-')} {joined(given[name])} contradicts the run in {resume}, which has "
+                     f"{joined(stored.get(name))}; leave it out, or start a new run")
     flags = stored if checkpoint else {"given": given, **default_flags(given)}
-    parser.set_defaults(**flags)
+    parser.set_defaults(**{name: joined(value) for name, value in flags.items()})
     parser.add_argument("-h", "--help", action="help", help="show this message: the defaults are those of --model")
     args = parser.parse_args([*as_flags(flags), *(sys.argv[1:] if argv is None else argv)])     # later ones win
     args.resume = resume if checkpoint else None
@@ -297,13 +298,14 @@ def default_flags(given):
     flags = {"model": "tiny" if Path(flags["data"]) == data.PYTHON_CORPUS else "270m", **flags}
     cuda, recipe = flags["device"].startswith("cuda"), RECIPES[flags["model"]]
     shape = {name: getattr(PRESETS[flags["model"]], name) for name in SHAPE_FLAGS}
-    flags = {**recipe, **shape, "s": S, "weighting": "uniform", "seed": 0, "compile": cuda, "fsdp": False,
+    flags = {**recipe, **shape, "s": [S], "weighting": "uniform", "seed": 0, "compile": cuda, "fsdp": False,
              "checkpoint_activations": False, "micro_batch_size": None, "eval_every": 500, "save_every": 500,
              "out": None, "resume": None, "dtype": "bfloat16" if cuda and has_bfloat16() else "float32", **flags}
     flags = {"s_in": flags["s"], "s_out": flags["s"], **flags}
-    superposed = max(flags["s_in"], flags["s_out"]) > 1
+    bags = list(zip(flags["s_in"], flags["s_out"]))
+    r = recipe["r"] if max(max(bag) for bag in bags) > 1 else 0.0
     warmup_steps = min(recipe["warmup_steps"], flags["steps"] // 10)
-    return {**flags, "r": recipe["r"] if superposed else 0.0, "warmup_steps": warmup_steps, **given}
+    return {**flags, "r": [r / len(bags)] * len(bags), "warmup_steps": warmup_steps, **given}
 
 
 def check(args, taken):
@@ -317,6 +319,9 @@ def check(args, taken):
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide by the {WORLD} processes"),
         (args.micro_batch_size and each % args.micro_batch_size,
          f"--micro-batch-size {args.micro_batch_size} does not divide the {each} sequences of a process"),
+        (not len(args.r) == len(args.s_in) == len(args.s_out), f"--r {joined(args.r)}: {len(args.r)} fractions, but "
+         f"{len(args.s_in)} sizes of input bags and {len(args.s_out)} of output bags; give as many of each"),
+        (sum(args.r) > 1, f"--r {joined(args.r)}: together more than the whole run"),
         (args.warmup_steps + decay_steps > args.steps, f"--warmup-steps {args.warmup_steps} and --decay-frac "
          f"{args.decay_frac} ({decay_steps} steps) are longer than --steps {args.steps}"),
         (taken, f"--out {args.out} holds a run: continue it with --resume {args.out}, or name another folder"),
@@ -337,6 +342,18 @@ def micro_batch_size(args):
     return args.micro_batch_size or max(n for n in range(1, limit + 1) if share % n == 0)
 
 
+def bag_phases(args):
+    """[(steps, s_in, s_out), ...]: the superposition phase, one for each bag size, and the recovery phase."""
+    superposed = [(round(r * args.steps) if max(s_in, s_out) > 1 else 0, s_in, s_out)
+                  for r, s_in, s_out in zip(args.r, args.s_in, args.s_out)]
+    return [*superposed, (args.steps - sum(steps for steps, *_ in superposed), 1, 1)]
+
+
+def joined(value):
+    """A list as its flag takes it, 8,4,2; another value as it is."""
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
 def as_flags(values):
     """{name: value} as a list of words; None and what is no flag, a dict, are left out."""
     words = []
@@ -345,7 +362,7 @@ def as_flags(values):
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None and not isinstance(value, dict):
-            words += [f"--{flag}", str(value)]
+            words += [f"--{flag}", str(joined(value))]
     return words
 
 
@@ -362,7 +379,7 @@ def learning_rate(args, step):
     return args.lr * min(1.0, (step + 1) / warmup, (args.steps - step) / decay)
 
 
-def describe(args, switch_step, tokens, batches, encoding, meta):
+def describe(args, phases, tokens, batches, encoding, meta):
     """What the run will read, what it does without, and what to type for something else."""
     positions = args.batch_size * args.seq_len
     builtin = Path(args.data) == data.PYTHON_CORPUS
@@ -375,8 +392,8 @@ def describe(args, switch_step, tokens, batches, encoding, meta):
                 + f" --out {out}")
     lines = (
         (True, f"{args.model} on {args.data}: of {len(tokens):,} training tokens it reads "
-         f"{switch_step * positions * args.s_in:,} in the superposition phase and "
-         f"{(args.steps - switch_step) * positions:,} in the recovery phase, {batches.epochs:.2f} epochs"),
+         f"{sum(steps * s_in for steps, s_in, _ in phases[:-1]) * positions:,} in the superposition phase and "
+         f"{phases[-1][0] * positions:,} in the recovery phase, {batches.epochs:.2f} epochs"),
         (batches.epochs > 1, "above one epoch tokens repeat, and TST lives on spare data: --steps "
          f"{int(0.998 * args.steps / batches.epochs)} stays within one{more}"),
         (builtin, "for your own shards: python train_tst.py --model 270m --data FOLDER"),
@@ -451,8 +468,8 @@ def bits(entry):
 
 def make_folder(args, meta, encoding):
     """Create the run's folder with all that sampling and resuming need beside the checkpoint."""
-    bag = args.s_in if args.s_in == args.s_out else f"{args.s_in}to{args.s_out}"
-    name = f"runs/{args.model}-s{bag}-r{args.r:g}-seed{args.seed}"
+    bag = joined(args.s_in) if args.s_in == args.s_out else f"{joined(args.s_in)}to{joined(args.s_out)}"
+    name = f"runs/{args.model}-s{bag}-r{','.join(f'{r:g}' for r in args.r)}-seed{args.seed}"
     for out in [args.out] if args.out else (name + f"-{k}" * (k > 1) for k in itertools.count(1)):
         out = Path(out)
         try:
@@ -533,6 +550,15 @@ def number(kind, low, high=math.inf):
     return parse_number
 
 
+def several(kind):
+    """An argparse type: such values with commas between them, as a list."""
+    def parse_several(text):
+        return [kind(part) for part in text.split(",")]
+
+    parse_several.__name__ = kind.__name__
+    return parse_several
+
+
 def make_parser():
     """The flags, without their defaults, which `parse` fills in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -540,10 +566,11 @@ def make_parser():
     parser.error = fail                         # one line, without the usage
     count, whole, share = number(int, 1), number(int, 0, 2 ** 63 - 1), number(float, 0, 1)
     for name, kind, text in (
-        ("s", count, "bag size of the superposition phase; 1 is the baseline"),
-        ("r", share, "fraction of the steps in the superposition phase"),
-        ("s-in", count, "tokens averaged into one input, s unless given"),
-        ("s-out", count, "tokens that one output predicts, s unless given"),
+        ("s", several(count), "bag size of the superposition phase, or several one after the other, as in 8,4; 1 is the "
+         "baseline"),
+        ("r", several(share), "fraction of the steps in the superposition phase, one for each bag size"),
+        ("s-in", several(count), "tokens averaged into one input, s unless given"),
+        ("s-out", several(count), "tokens that one output predicts, s unless given"),
         ("weighting", ("uniform", "power", "exp", "first"), "of a target's tokens: 1, 1/i, exp(-i), first alone"),
         ("model", tuple(PRESETS), "preset: tiny on the built-in corpus, else 270m, unless given"),
         ("n-layer", count, "layers"), ("n-embd", count, "width"), ("n-head", count, "query heads"),

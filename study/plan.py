@@ -44,8 +44,8 @@ def plan(args):
     parameters = sum(p.numel() for p in model.parameters())
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)           # the norms' gains are nothing
     positions = args.batch_size * args.seq_len                          # that the trunk sees in a step
-    switch_step = round(args.r * args.steps) if max(args.s_in, args.s_out) > 1 else 0
-    tokens = switch_step * positions * args.s_in, (args.steps - switch_step) * positions
+    phases = train_tst.bag_phases(args)
+    tokens = [sum(steps * s_in for steps, s_in, _ in part) * positions for part in (phases[:-1], phases[-1:])]
 
     model_flops, again = model.flops_per_token() * positions, 0
     if args.checkpoint_activations:         # blocks run forward again, up to their last product, whose inputs will do
@@ -56,7 +56,8 @@ def plan(args):
     gpu_hours = flops / (PEAK_FLOPS[args.gpu] * args.mfu) / 3600 if known else None
 
     stored, shards, gathered = 4 * parameters, 1, 0                     # float32
-    activations = micro_batch_bytes(config, args, (args.s_in, args.s_out) if switch_step else (1, 1)) - 2 * stored
+    bag = max((s_in, s_out) for steps, s_in, s_out in phases if steps)
+    activations = micro_batch_bytes(config, args, bag) - 2 * stored
     if args.fsdp:       # whole: the tables, and a block with its gradients; autocast's copies of the others do not stay
         size = 2 if args.dtype == "bfloat16" else 4
         shards, gathered = args.devices, (parameters - blocks + 2 * blocks // config.n_layer) * size
