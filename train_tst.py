@@ -302,10 +302,10 @@ def default_flags(given):
              "checkpoint_activations": False, "micro_batch_size": None, "eval_every": 500, "save_every": 500,
              "out": None, "resume": None, "dtype": "bfloat16" if cuda and has_bfloat16() else "float32", **flags}
     flags = {"s_in": flags["s"], "s_out": flags["s"], **flags}
-    bags = list(zip(flags["s_in"], flags["s_out"]))
-    r = recipe["r"] if max(max(bag) for bag in bags) > 1 else 0.0
+    superposed, sizes = max(flags["s_in"] + flags["s_out"]) > 1, len(flags["s_in"])
     warmup_steps = min(recipe["warmup_steps"], flags["steps"] // 10)
-    return {**flags, "r": [r / len(bags)] * len(bags), "warmup_steps": warmup_steps, **given}
+    r = sizes * [recipe["r"] / sizes if superposed else 0.0]
+    return {**flags, "r": r, "warmup_steps": warmup_steps, **given}
 
 
 def check(args, taken):

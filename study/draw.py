@@ -16,24 +16,27 @@ def main():
         from matplotlib import pyplot
     except ImportError:
         raise SystemExit("study/draw.py: matplotlib is missing: pip install matplotlib")
-    switch, found = 0, defaultdict(lambda: defaultdict(list))        # s: step: a loss for each seed
-    for out in filter(finished, map(folder, EXPERIMENTS["seeds"])):
-        args, _ = finished(out)
-        steps, switch = args["steps"], max(switch, round(args["r"] * args["steps"]))
-        for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+    found, switches, steps = defaultdict(lambda: defaultdict(list)), {}, 0      # method: step: a loss for each seed
+    for flags in EXPERIMENTS["seeds"]:
+        method, done = flags.split(" --seed")[0], finished(folder(flags))
+        if not done:
+            raise SystemExit(f"study/draw.py: {flags} is not done yet: python study/run.py seeds")
+        steps = done[0]["steps"]
+        for line in map(json.loads, (folder(flags) / "metrics.jsonl").read_text().splitlines()):
+            if line["phase"] == "superposition":
+                switches[method] = line["step"]
             if line["val_loss"]:
-                found[args["s"]][line["step"]].append(line["val_loss"])
-    if len(found) < 2:
-        raise SystemExit("study/draw.py: nothing to draw yet: python study/run.py seeds")
+                found[method][line["step"]].append(line["val_loss"])
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     for axes in panels:
-        for (s, losses), colour in zip(sorted(found.items()), COLOURS):
-            name = f"TST, bags of {s} first" if s > 1 else "baseline, next tokens from the start"
+        for (method, losses), colour in zip(found.items(), COLOURS):
+            name = f"TST: {method}" if method in switches else f"baseline: {method}"
             axes.plot(list(losses), [statistics.mean(seeds) for seeds in losses.values()], color=colour, label=name,
                       linewidth=2)
             axes.fill_between(list(losses), [min(seeds) for seeds in losses.values()],
                               [max(seeds) for seeds in losses.values()], color=colour, alpha=0.25, linewidth=0)
-        axes.axvline(switch, color="black", linewidth=1, linestyle=":")
+        for switch in set(switches.values()):
+            axes.axvline(switch, color="black", linewidth=1, linestyle=":")
         axes.set_xlabel("optimizer steps, all of the same cost")
         axes.grid(alpha=0.3)
     whole, end = panels
@@ -41,15 +44,14 @@ def main():
     whole.set_title("the whole run", fontsize=10)
     whole.set_xlim(0, steps)
     low, high = whole.get_ylim()
-    whole.text(switch / 2, low + 0.7 * (high - low), "bags", ha="center")
-    whole.text(switch, low + 0.85 * (high - low), "  the switch to next tokens", ha="left")
+    whole.text(max(switches.values()), low + 0.85 * (high - low), "  the switch from bags to next tokens", ha="left")
     late = [loss for losses in found.values() for step in losses if step > 0.55 * steps for loss in losses[step]]
     end.set_xlim(0.55 * steps, steps)
     end.set_ylim(min(late) - 0.02, max(late) + 0.02)
     end.set_title("its end, enlarged", fontsize=10)
     end.legend(frameon=False, fontsize=9)
     figure.savefig(HERE / "loss.png", dpi=120)
-    print(f"{HERE / 'loss.png'}: means and ranges over {max(map(len, found[1].values()))} seeds")
+    print(f"{HERE / 'loss.png'}: means and ranges over {max(map(len, found['--s 1'].values()))} seeds")
 
 
 if __name__ == "__main__":

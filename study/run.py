@@ -41,17 +41,20 @@ def both(**flags):
     return grid(s=1, **flags) + grid(s=6, r=0.2, **flags)
 
 
-THREE = [None, 1, 2]                    # seeds; what is at tiny's default is left out, so that no run is made twice
+FIVE = [None, 1, 2, 3, 4]               # seeds; what is at tiny's default is left out, so that no run is made twice
+THREE = FIVE[:3]
+SHRINKING = dict(s="8,4,2", r="0.05,0.05,0.05")
 EXPERIMENTS = {
-    "seeds": both(seed=[*THREE, 3]),                                            # equal FLOPs
+    "seeds": both(seed=FIVE) + grid(**SHRINKING, seed=FIVE),                    # equal FLOPs
+    "steps": both() + grid(**SHRINKING) + grid(s=1, steps=[7000, 10500]),       # equal loss: how many steps reach it?
+    "length": both(steps=[None, 1000, 2000, 7000]),
+    "r": both(seed=THREE) + grid(s=6, r=[0.1, 0.3], seed=THREE),
     "lr": both(lr=[None, 1.5e-3, 6e-3]),                                        # fair ground: best against best
     "decay": both(decay_frac=[None, 0.2, 0.6]),
-    "init": both(init_std=0.02, seed=THREE) + grid(s=6, r=0.3, init_std=0.02, seed=THREE),
+    "init": both(init_std=0.02, seed=THREE),
     "batch": both() + both(batch_size=16, steps=7000, lr=2e-3),
-    "r": both(seed=THREE) + grid(s=6, r=0.3, seed=THREE),
+    "stages": grid(s=6, r=[0.1, 0.2]) + grid(**SHRINKING) + grid(s="8,4", r="0.05,0.05"),
     "grid": grid(s=1) + grid(s=[2, 3, 4, 6, 8, 12, 16], r=[0.1, 0.2, 0.3, 0.5]),
-    "length": both(steps=[None, 1000, 2000, 6000]),
-    "steps": grid(s=6, r=0.2) + grid(s=1, steps=[None, 4375, 5250, 7000]),      # equal loss: how many steps reach it?
     "narrow": both(n_embd=48, n_hidden=96),
     "halves": both() + grid(s=6, r=0.2, s_in=1) + grid(s=6, r=0.2, s_out=1),
 }
@@ -99,7 +102,8 @@ def test_loss(args, out):
 
 def row(experiment, flags, args, last, test):
     train_tokens = sum(path.stat().st_size // 2 - 512 for path in (HERE.parent / args["data"]).glob("*train*.bin"))
-    known = {**args, **last, "experiment": experiment, "s": args["s"], "command": f"python train_tst.py {flags}",
+    bags = {name: ",".join(map(str, args[name])) for name in ("s", "r")}
+    known = {**args, **last, **bags, "experiment": experiment, "command": f"python train_tst.py {flags}",
              "epochs": f"{last['tokens'] / train_tokens:.2f}", "test_loss": f"{test:.4f}" if test else "",
              "seconds": f"{last['seconds']:.0f}", "lr": f"{args['lr']:g}"}
     return {name: f"{known[name]:.4f}" if name in ("val_loss", "val_bpb") else known[name] for name in COLUMNS}
