@@ -94,35 +94,35 @@ class Batches:
         self.tokens, self.batch_size = tokens, batch_size
         self.phases, self.epochs, first_step = [], 0.0, 0
         reads = np.cumsum([0] + [steps * s_in for steps, s_in, _ in phases]).tolist()
-        shared = all(steps for steps, *_ in phases)         # else one phase has the stream to itself
-        window = seq_len * max(s_in for _, s_in, _ in phases)
-        pieces = max(1, len(tokens) // (1000 * window)) if shared else 1        # so long that their ends waste little
-        self.piece = len(tokens) // pieces
+        used = [(steps, s_in) for steps, s_in, _ in phases if steps]
+        shortest, largest = min(used)[0], max(s_in for _, s_in in used)
+        self.pieces = 1 if len(used) == 1 else max(1, min(      # so long that the windows leave little of each
+            len(tokens) // (1000 * seq_len * largest), len(tokens) * shortest // (100 * seq_len * reads[-1])))
+        self.piece = len(tokens) // self.pieces
         cuts = [self.piece * read // reads[-1] for read in reads]
         for k, (steps, s_in, s_out) in enumerate(phases):
-            in_piece = (cuts[k + 1] - cuts[k] - s_out) // (seq_len * s_in)
-            windows = pieces * in_piece
             if steps == 0:
                 continue
+            windows = self.pieces * ((cuts[k + 1] - cuts[k] - s_out) // (seq_len * s_in))
             if windows < batch_size:
                 fail(f"{len(tokens):,} training tokens are too few for a batch of {batch_size} rows of {seq_len} bags "
                      f"of {s_in}: bring more data, or lower --batch-size, --seq-len or --s")
             offset = int(np.random.default_rng((seed, k)).integers(windows))
-            self.phases.append((first_step, cuts[k], in_piece, windows, seq_len * s_in, s_out, offset))
+            self.phases.append((first_step, cuts[k], windows, seq_len * s_in, s_out, offset))
             self.epochs = max(self.epochs, steps * batch_size / windows)
             first_step += steps
 
     def rows(self, step, first, count):
         """Rows first .. first + count - 1 of the batch of step (from 0): (count, l * s_in + s_out) int64."""
-        first_step, start, in_piece, windows, window, s_out, offset = self.phase(step)
+        first_step, start, windows, window, s_out, offset = self.phase(step)
         row, stride = (step - first_step) * self.batch_size + first, golden_stride(windows)
-        places = (divmod((offset + (row + k) * stride) % windows, in_piece) for k in range(count))
+        places = (divmod((offset + (row + k) * stride) % windows, windows // self.pieces) for k in range(count))
         return torch.from_numpy(np.stack([
             self.tokens.read(piece * self.piece + start + place * window, window + s_out) for piece, place in places]))
 
     def epoch(self, step):
         """How often the phase of step (from 0) has used up its stretch before that step."""
-        first_step, _, _, windows, *_ = self.phase(step)
+        first_step, _, windows, *_ = self.phase(step)
         return (step - first_step) * self.batch_size // windows
 
     def phase(self, step):

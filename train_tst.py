@@ -319,9 +319,10 @@ def check(args, taken):
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide by the {WORLD} processes"),
         (args.micro_batch_size and each % args.micro_batch_size,
          f"--micro-batch-size {args.micro_batch_size} does not divide the {each} sequences of a process"),
-        (not len(args.r) == len(args.s_in) == len(args.s_out), f"--r {joined(args.r)}: {len(args.r)} fractions, but "
-         f"{len(args.s_in)} sizes of input bags and {len(args.s_out)} of output bags; give as many of each"),
-        (sum(args.r) > 1, f"--r {joined(args.r)}: together more than the whole run"),
+        (len(args.s_in) != len(args.s_out), f"--s-in {joined(args.s_in)} and --s-out {joined(args.s_out)}: give as many "
+         "sizes of input bags as of output bags"),
+        (len(args.r) != len(args.s_in), f"--r {joined(args.r)}: give as many fractions as bag sizes, {len(args.s_in)}"),
+        (round(sum(args.r) * args.steps) > args.steps, f"--r {joined(args.r)}: together more than the whole run"),
         (args.warmup_steps + decay_steps > args.steps, f"--warmup-steps {args.warmup_steps} and --decay-frac "
          f"{args.decay_frac} ({decay_steps} steps) are longer than --steps {args.steps}"),
         (taken, f"--out {args.out} holds a run: continue it with --resume {args.out}, or name another folder"),
@@ -344,9 +345,10 @@ def micro_batch_size(args):
 
 def bag_phases(args):
     """[(steps, s_in, s_out), ...]: the superposition phase, one for each bag size, and the recovery phase."""
-    superposed = [(round(r * args.steps) if max(s_in, s_out) > 1 else 0, s_in, s_out)
-                  for r, s_in, s_out in zip(args.r, args.s_in, args.s_out)]
-    return [*superposed, (args.steps - sum(steps for steps, *_ in superposed), 1, 1)]
+    superposed = max(args.s_in + args.s_out) > 1
+    ends = [round(r * args.steps) * superposed for r in itertools.accumulate(args.r, initial=0)]
+    steps = [end - start for start, end in itertools.pairwise([*ends, args.steps])]
+    return list(zip(steps, [*args.s_in, 1], [*args.s_out, 1]))
 
 
 def joined(value):
@@ -395,7 +397,7 @@ def describe(args, phases, tokens, batches, encoding, meta):
          f"{sum(steps * s_in for steps, s_in, _ in phases[:-1]) * positions:,} in the superposition phase and "
          f"{phases[-1][0] * positions:,} in the recovery phase, {batches.epochs:.2f} epochs"),
         (batches.epochs > 1, "above one epoch tokens repeat, and TST lives on spare data: --steps "
-         f"{int(0.998 * args.steps / batches.epochs)} stays within one{more}"),
+         f"{int(0.99 * args.steps / batches.epochs)} stays within one{more}"),
         (builtin, "for your own shards: python train_tst.py --model 270m --data FOLDER"),
         (not builtin, f"for the built-in corpus: python train_tst.py --data {data.PYTHON_CORPUS}"),
         (not (Path(args.data) / "meta.json").exists(), f"{args.data} names no tokenizer: GPT-2's is assumed"),
@@ -469,7 +471,7 @@ def bits(entry):
 def make_folder(args, meta, encoding):
     """Create the run's folder with all that sampling and resuming need beside the checkpoint."""
     bag = joined(args.s_in) if args.s_in == args.s_out else f"{joined(args.s_in)}to{joined(args.s_out)}"
-    name = f"runs/{args.model}-s{bag}-r{','.join(f'{r:g}' for r in args.r)}-seed{args.seed}"
+    name = f"runs/{args.model}-s{bag}-r{joined([f'{r:g}' for r in args.r])}-seed{args.seed}"
     for out in [args.out] if args.out else (name + f"-{k}" * (k > 1) for k in itertools.count(1)):
         out = Path(out)
         try:

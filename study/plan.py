@@ -56,7 +56,7 @@ def plan(args):
     gpu_hours = flops / (PEAK_FLOPS[args.gpu] * args.mfu) / 3600 if known else None
 
     stored, shards, gathered = 4 * parameters, 1, 0                     # float32
-    bag = max((s_in, s_out) for steps, s_in, s_out in phases if steps)
+    bag = max(((s_in, s_out) for steps, s_in, s_out in phases if steps), key=sum)
     activations = micro_batch_bytes(config, args, bag) - 2 * stored
     if args.fsdp:       # whole: the tables, and a block with its gradients; autocast's copies of the others do not stay
         size = 2 if args.dtype == "bfloat16" else 4
@@ -145,7 +145,7 @@ def parse(argv=None):
         data.fail(f"--resume {given['resume']}: a plan is of a whole run; leave it out, and give that run's flags")
     given = {"device": "cuda", **({"data": "data/fineweb"} if given.get("model", "tiny") != "tiny" else {}), **given}
     given = {"dtype": "bfloat16" if given["device"].startswith("cuda") else "float32", **given}
-    parser.set_defaults(**train_tst.default_flags(given))
+    parser.set_defaults(**{name: train_tst.joined(value) for name, value in train_tst.default_flags(given).items()})
     parser.add_argument("-h", "--help", action="help", help="show this message: the defaults are those of --model")
     args = parser.parse_args(argv)
     meta, builtin = Path(args.data) / "meta.json", Path(args.data) == data.PYTHON_CORPUS        # there now, or to come

@@ -1,7 +1,8 @@
 """The README's tables: the losses in study/results.csv, TST beside the baseline with the same other flags and seed.
 
-    python study/table.py               # every experiment
-    python study/table.py seeds lr      # these
+    python study/table.py                               # every experiment
+    python study/table.py seeds lr                      # these
+    python study/table.py seeds "--s 6 --r 0.2"         # with the differences to that instead of the baseline
 """
 import csv
 import statistics
@@ -26,15 +27,16 @@ def main(names):
             method, other = (" ".join(f"{flag} {value}" for flag, value in flags if (flag in METHOD) == is_method)
                              for is_method in (True, False))
             found[row["experiment"], other][method][row["seed"]] = float(row["val_loss"])
-    for experiment in names or dict.fromkeys(name for name, _ in found):
-        print(f"\n{experiment}\n\n| flags | seeds | validation loss | minus the baseline |\n| --- | --- | --- | --- |")
+    reference = next((name for name in names if name.startswith("--")), "--s 1")
+    for experiment in [name for name in names if name != reference] or dict.fromkeys(name for name, _ in found):
+        print(f"\n{experiment}\n\n| flags | seeds | validation loss | minus `{reference}` |\n| --- | --- | --- | --- |")
         for (name, other), methods in found.items():
             if name != experiment:
                 continue
-            baseline = methods.get("--s 1", {})
+            other_losses = methods.get(reference, {})
             for method, losses in methods.items():
-                less = [losses[seed] - baseline[seed] for seed in losses if seed in baseline]
-                gain = spread(less) if less and method != "--s 1" else ""
+                less = [losses[seed] - other_losses[seed] for seed in losses if seed in other_losses]
+                gain = spread(less) if less and method != reference else ""
                 each = "" if len(losses) == 1 else f" ({', '.join(f'{loss:.4f}' for loss in losses.values())})"
                 print(f"| `{f'{method} {other}'.strip()}` | {len(losses)} | {spread(losses.values())}{each} | {gain} |")
 
