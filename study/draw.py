@@ -35,8 +35,8 @@ def main():
                       linewidth=2)
             axes.fill_between(list(losses), [min(seeds) for seeds in losses.values()],
                               [max(seeds) for seeds in losses.values()], color=colour, alpha=0.25, linewidth=0)
-        for switch in set(switches.values()):
-            axes.axvline(switch, color="black", linewidth=1, linestyle=":")
+            if method in switches:
+                axes.axvline(switches[method], color=colour, linewidth=1.5, linestyle=":")
         axes.set_xlabel("optimizer steps, all of the same cost")
         axes.grid(alpha=0.3)
     whole, end = panels
@@ -44,7 +44,7 @@ def main():
     whole.set_title("the whole run", fontsize=10)
     whole.set_xlim(0, steps)
     low, high = whole.get_ylim()
-    whole.text(max(switches.values()), low + 0.85 * (high - low), "  the switch from bags to next tokens", ha="left")
+    whole.text(max(switches.values()), low + 0.85 * (high - low), "  dotted: the switch from bags to next tokens", ha="left")
     late = [loss for losses in found.values() for step in losses if step > 0.55 * steps for loss in losses[step]]
     end.set_xlim(0.55 * steps, steps)
     end.set_ylim(min(late) - 0.02, max(late) + 0.02)
