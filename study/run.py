@@ -48,14 +48,13 @@ NARROW = dict(n_embd=64, n_hidden=128, steps=5000)
 EXPERIMENTS = {
     "seeds": both(seed=FIVE) + grid(**SHRINKING, seed=FIVE),                    # equal FLOPs
     "steps": both() + grid(**SHRINKING) + grid(s=1, steps=[7000, 10500]),       # equal loss: how many steps reach it?
-    "length": both(steps=[None, 1000, 2000, 7000]),
-    "r": both(seed=THREE) + grid(s=6, r=[0.1, 0.3], seed=THREE) + grid(s=6, r=0.15, seed=[None, 1]),
+    "length": both(steps=[None, 1000, 2000, 7000]) + grid(**SHRINKING, steps=[None, 1000, 2000]),
+    "r": both(seed=THREE) + grid(s=6, r=[0.1, 0.3], seed=THREE) + grid(s=6, r=0.15, seed=[None, 1])
+    + grid(**SHRINKING, seed=THREE) + grid(s="8,4", r="0.05,0.05") + grid(s="8,4,2", r="0.1,0.05,0.05", seed=1),
     "lr": both(lr=[None, 1.5e-3, 6e-3]),                                        # fair ground: best against best
     "decay": both(decay_frac=[None, 0.2, 0.6]),
     "init": both(init_std=0.02, seed=THREE),
     "batch": both() + both(batch_size=16, steps=7000, lr=2e-3),
-    "stages": grid(s=6, r=[0.1, 0.15, 0.2]) + grid(**SHRINKING) + grid(s="8,4", r="0.05,0.05")
-    + grid(s=6, r=[0.1, 0.15, 0.2], seed=1) + grid(s="8,4,2", r=["0.05,0.05,0.05", "0.1,0.05,0.05"], seed=1),
     "grid": grid(s=1) + grid(s=[2, 3, 4, 6, 8, 12, 16], r=[0.1, 0.2, 0.3, 0.5]),
     "narrow": both(**NARROW) + grid(**SHRINKING, **NARROW),                    # another size and length
     "halves": both() + grid(s=6, r=0.2, s_in=1) + grid(s=6, r=0.2, s_out=1),
