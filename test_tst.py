@@ -495,7 +495,7 @@ def test_the_switch_changes_s_and_nothing_else(corpus, tmp_path, run):
 
 
 def test_the_superposition_phase_may_have_several_bag_sizes(corpus, tmp_path):
-    """Smaller and smaller bags, each for its own fraction of the steps, and a run that goes on in the midst of them."""
+    """Each has its own fraction of the steps, a size of 1 too, and a run that goes on at the switch counts on."""
     words = flags(corpus, tmp_path / "a", "--s", "4,1,2", "--r", "0.25,0.1,0.15", "--steps", "10")
     train_tst.main(words)
     log = lines(tmp_path / "a")

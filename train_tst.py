@@ -319,8 +319,8 @@ def check(args, taken):
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide by the {WORLD} processes"),
         (args.micro_batch_size and each % args.micro_batch_size,
          f"--micro-batch-size {args.micro_batch_size} does not divide the {each} sequences of a process"),
-        (len(args.s_in) != len(args.s_out), f"--s-in {joined(args.s_in)} and --s-out {joined(args.s_out)}: give as many "
-         "sizes of input bags as of output bags"),
+        (len(args.s_in) != len(args.s_out), f"--s-in {joined(args.s_in)} and --s-out {joined(args.s_out)}: give as "
+         "many sizes of input bags as of output bags"),
         (len(args.r) != len(args.s_in), f"--r {joined(args.r)}: give as many fractions as bag sizes, {len(args.s_in)}"),
         (round(sum(args.r) * args.steps) > args.steps, f"--r {joined(args.r)}: together more than the whole run"),
         (args.warmup_steps + decay_steps > args.steps, f"--warmup-steps {args.warmup_steps} and --decay-frac "
@@ -568,8 +568,8 @@ def make_parser():
     parser.error = fail                         # one line, without the usage
     count, whole, share = number(int, 1), number(int, 0, 2 ** 63 - 1), number(float, 0, 1)
     for name, kind, text in (
-        ("s", several(count), "bag size of the superposition phase, or several one after the other, as in 8,4; 1 is the "
-         "baseline"),
+        ("s", several(count), "bag size of the superposition phase, or several one after the other, as in 8,4; 1 is "
+         "the baseline"),
         ("r", several(share), "fraction of the steps in the superposition phase, one for each bag size"),
         ("s-in", several(count), "tokens averaged into one input, s unless given"),
         ("s-out", several(count), "tokens that one output predicts, s unless given"),

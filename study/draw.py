@@ -2,11 +2,10 @@
 
     pip install matplotlib && python study/draw.py          # from runs/study/ to study/loss.png
 """
-import json
 import statistics
 from collections import defaultdict
 
-from run import EXPERIMENTS, HERE, finished, folder
+from run import EXPERIMENTS, HERE, finished, folder, log
 
 COLOURS = ("tab:grey", "tab:blue", "tab:orange")
 
@@ -22,7 +21,7 @@ def main():
         if not done:
             raise SystemExit(f"study/draw.py: {flags} is not done yet: python study/run.py seeds")
         steps = done[0]["steps"]
-        for line in map(json.loads, (folder(flags) / "metrics.jsonl").read_text().splitlines()):
+        for line in log(flags):
             if line["phase"] == "superposition":
                 switches[method] = line["step"]
             if line["val_loss"]:
@@ -44,7 +43,7 @@ def main():
     whole.set_title("the whole run", fontsize=10)
     whole.set_xlim(0, steps)
     low, high = whole.get_ylim()
-    whole.text(max(switches.values()), low + 0.85 * (high - low), "  dotted: the switch from bags to next tokens", ha="left")
+    whole.text(max(switches.values()), low + 0.85 * (high - low), "  dotted: the switch from bags to next tokens")
     late = [loss for losses in found.values() for step in losses if step > 0.55 * steps for loss in losses[step]]
     end.set_xlim(0.55 * steps, steps)
     end.set_ylim(min(late) - 0.02, max(late) + 0.02)

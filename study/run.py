@@ -56,7 +56,7 @@ EXPERIMENTS = {
     "init": both(init_std=0.02, seed=THREE),
     "batch": both() + both(batch_size=16, steps=7000, lr=2e-3),
     "grid": grid(s=1) + grid(s=[2, 3, 4, 6, 8, 12, 16], r=[0.1, 0.2, 0.3, 0.5]),
-    "narrow": both(**NARROW) + grid(**SHRINKING, **NARROW),                    # another size and length
+    "narrow": both(**NARROW) + grid(**SHRINKING, **NARROW),                     # another size and length
     "halves": both() + grid(s=6, r=0.2, s_in=1) + grid(s=6, r=0.2, s_out=1),
 }
 
@@ -75,14 +75,19 @@ def finished(out):
         return None
 
 
+def log(flags):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder(flags) / "metrics.jsonl").read_text().splitlines()]
+
+
 def train(flags):
     """Make one run unless it is done. Its output goes to a file beside its folder."""
     out = folder(flags)
     if not finished(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{out}.txt", "a") as log:
+        with open(f"{out}.txt", "a") as output:
             subprocess.run([sys.executable, "train_tst.py", *flags.split(), "--out", str(out), "--resume", "auto",
-                            "--eval-every", "250"], stdout=log, stderr=log, cwd=HERE.parent,
+                            "--eval-every", "250"], stdout=output, stderr=output, cwd=HERE.parent,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     return finished(out)
 
@@ -103,7 +108,8 @@ def test_loss(args, out):
 
 def row(experiment, flags, args, last, test):
     train_tokens = sum(path.stat().st_size // 2 - 512 for path in (HERE.parent / args["data"]).glob("*train*.bin"))
-    bags = {name: ",".join(map(str, args[name])) for name in ("s", "r")}
+    from train_tst import joined
+    bags = {name: joined(args[name]) for name in ("s", "r")}
     known = {**args, **last, **bags, "experiment": experiment, "command": f"python train_tst.py {flags}",
              "epochs": f"{last['tokens'] / train_tokens:.2f}", "test_loss": f"{test:.4f}" if test else "",
              "seconds": f"{last['seconds']:.0f}", "lr": f"{args['lr']:g}"}

@@ -5,10 +5,9 @@
 The spike is the mean over the first 10 steps after the switch; the run has recovered when its mean over
 the last 50 steps is below the baseline's.
 """
-import json
 import re
 
-from run import EXPERIMENTS, finished, folder
+from run import EXPERIMENTS, finished, folder, log
 
 METHOD = re.compile(r"--s [\d,]+( --r [\d.,]+)?")
 
@@ -18,7 +17,7 @@ def difference(flags):
     pair = flags, METHOD.sub("--s 1", flags)
     if flags == pair[1] or not all(finished(folder(one)) for one in pair):
         return None
-    ours, theirs = ([json.loads(line) for line in (folder(one) / "metrics.jsonl").read_text().splitlines()] for one in pair)
+    ours, theirs = map(log, pair)
     switch = sum(line["phase"] == "superposition" for line in ours)
     return switch, [a["loss"] - b["loss"] for a, b in zip(ours, theirs)]
 
