@@ -65,6 +65,10 @@ def folder(flags):
     return RUNS / flags.replace("--", "").replace(" ", "_")
 
 
+def script(flags):
+    return "study/edit.py" if "--edit" in flags else "train_tst.py"
+
+
 def finished(out):
     """(args, last log line) of the run in a folder if it has reached its end, else None."""
     try:
@@ -86,9 +90,9 @@ def train(flags):
     if not finished(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{out}.txt", "a") as output:
-            subprocess.run([sys.executable, "train_tst.py", *flags.split(), "--out", str(out), "--resume", "auto",
-                            "--eval-every", "250"], stdout=output, stderr=output, cwd=HERE.parent,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+            more = [] if "--edit" in flags else ["--out", str(out), "--resume", "auto", "--eval-every", "250"]
+            subprocess.run([sys.executable, script(flags), *flags.split(), *more], stdout=output, stderr=output,
+                           cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return finished(out)
 
 
@@ -110,7 +114,7 @@ def row(experiment, flags, args, last, test):
     train_tokens = sum(path.stat().st_size // 2 - 512 for path in (HERE.parent / args["data"]).glob("*train*.bin"))
     from train_tst import joined
     bags = {name: joined(args[name]) for name in ("s", "r")}
-    known = {**args, **last, **bags, "experiment": experiment, "command": f"python train_tst.py {flags}",
+    known = {**args, **last, **bags, "experiment": experiment, "command": f"python {script(flags)} {flags}",
              "epochs": f"{last['tokens'] / train_tokens:.2f}", "test_loss": f"{test:.4f}" if test else "",
              "seconds": f"{last['seconds']:.0f}", "lr": f"{args['lr']:g}"}
     return {name: f"{known[name]:.4f}" if name in ("val_loss", "val_bpb") else known[name] for name in COLUMNS}

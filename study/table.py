@@ -10,7 +10,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-METHOD = ("--s", "--r", "--s-in", "--s-out", "--weighting")
+METHOD = ("--edit", "--s", "--r", "--s-in", "--s-out", "--weighting")
 
 
 def spread(values):

@@ -1,0 +1,68 @@
+"""What must survive the switch? Edit a finished run's ckpt_switch.pt and train the recovery phase again from there.
+
+    python study/run.py edits                                           # all of them
+    python study/edit.py --edit tables --s 6 --r 0.2                    # one; run.py must have made --s 6 --r 0.2
+
+--edit is one of
+    tables    the embedding and the LM head drawn anew (the paper's ablation)
+    moments   AdamW's state set to zero
+    scale     the embedding shrunk until single tokens have the mean norm that bags had
+    rewarm    the learning rate warms up anew from the switch, over as many steps as at the start
+"""
+import argparse
+import shutil
+import sys
+
+from run import HERE, folder
+
+import torch
+
+import data
+import model
+import train_tst
+
+
+def tables(checkpoint, args):
+    torch.manual_seed(args["seed"] + 1)
+    for name in ("embedding.weight", "head.weight"):
+        torch.nn.init.normal_(checkpoint["model"][name], std=0.02)
+        zero(checkpoint["optimizer"]["state"][name])
+
+
+def moments(checkpoint, args):
+    for state in checkpoint["optimizer"]["state"].values():
+        zero(state)
+
+
+def zero(state):
+    for tensor in state.values():
+        tensor.zero_()
+
+
+def scale(checkpoint, args):
+    table, s = checkpoint["model"]["embedding.weight"], args["s_in"][-1]
+    tokens = torch.from_numpy(data.load(HERE.parent / args["data"])[0].read(0, 100_000 * s))
+    bags, singles = (model.bag_average(table, tokens.view(1, -1, size)).norm(dim=-1).mean() for size in (s, 1))
+    table *= bags / singles
+
+
+def rewarm(checkpoint, args):
+    schedule, switch = train_tst.learning_rate, checkpoint["step"]
+    train_tst.learning_rate = lambda args, step: schedule(args, step) * min(1, (step - switch + 1) / args.warmup_steps)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edit", required=True, choices=["tables", "moments", "scale", "rewarm"])
+    args, flags = parser.parse_known_args()
+    source, out = (folder(" ".join(words)) for words in (flags, sys.argv[1:]))
+    checkpoint = model.load_checkpoint(source / "ckpt_switch.pt")
+    globals()[args.edit](checkpoint, checkpoint["args"])
+    if not (out / "ckpt.pt").exists():
+        shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.pt"), dirs_exist_ok=True)
+        torch.save(checkpoint, out / "ckpt.pt")
+    train_tst.main(["--resume", str(out), "--out", str(out)])
+
+
+if __name__ == "__main__":
+    main()
