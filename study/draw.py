@@ -1,13 +1,58 @@
-"""The README's picture: validation loss against steps, TST and the baseline, as left by `python study/run.py seeds`.
+"""The README's picture, from what `python study/run.py seeds length` has left in runs/study/.
 
-    pip install matplotlib && python study/draw.py          # from runs/study/ to study/loss.png
+    pip install matplotlib && python study/draw.py          # writes study/loss.png, prints the right panel as a table
+
+Left: validation loss against steps, means and ranges over the seeds. Right: how much lower TST ends than
+the baseline of the same seed, against the run's length in tokens of the baseline per parameter.
 """
 import statistics
 from collections import defaultdict
 
-from run import EXPERIMENTS, HERE, finished, folder, log
+from run import EXPERIMENTS, HERE, baseline, finished, folder, log
 
-COLOURS = ("tab:grey", "tab:blue", "tab:orange")
+from model import load_checkpoint
+
+COLOURS = {"--s 1": "tab:grey", "--s 6 --r 0.2": "tab:blue", "--s 8,4,2 --r 0.05,0.05,0.05": "tab:orange"}
+SIZES = {96: ("tiny", "-o"), 32: ("32 wide", "--s")}
+STEPS = 3500
+
+
+def method_of(flags):
+    return max((method for method in COLOURS if f"{flags} ".startswith(f"{method} ")), key=len)
+
+
+def curves(axes):
+    """Draw the losses of "seeds" on axes, the switches dotted, and return {method: {step: a loss for each seed}}."""
+    found, switches = defaultdict(lambda: defaultdict(list)), {}
+    for flags in EXPERIMENTS["seeds"]:
+        for line in log(flags):
+            if line["phase"] == "superposition":
+                switches[method_of(flags)] = line["step"]
+            if line["val_loss"]:
+                found[method_of(flags)][line["step"]].append(line["val_loss"])
+    for method, losses in found.items():
+        axes.plot(list(losses), [statistics.mean(seeds) for seeds in losses.values()], color=COLOURS[method], linewidth=2,
+                  label=f"TST: {method}" if method in switches else f"baseline: {method}")
+        axes.fill_between(list(losses), [min(seeds) for seeds in losses.values()],
+                          [max(seeds) for seeds in losses.values()], color=COLOURS[method], alpha=0.25, linewidth=0)
+        if method in switches:
+            axes.axvline(switches[method], color=COLOURS[method], linewidth=1.5, linestyle=":")
+    axes.grid(alpha=0.3)
+    return found
+
+
+def lengths():
+    """{(width, method): {(steps, tokens per parameter): what each seed gains on its baseline}} of "length"."""
+    found = defaultdict(lambda: defaultdict(list))
+    for flags in EXPERIMENTS["length"]:
+        run, other = finished(folder(flags)), finished(folder(baseline(flags)))
+        if flags == baseline(flags) or not (run and other):
+            continue
+        weights = load_checkpoint(folder(flags))["model"].values()
+        per_parameter = run[1]["s_tokens"] / sum(weight.numel() for weight in weights)
+        found[run[0]["n_embd"], method_of(flags)][run[0]["steps"], per_parameter].append(
+            other[1]["val_loss"] - run[1]["val_loss"])
+    return found
 
 
 def main():
@@ -15,42 +60,42 @@ def main():
         from matplotlib import pyplot
     except ImportError:
         raise SystemExit("study/draw.py: matplotlib is missing: pip install matplotlib")
-    found, switches, steps = defaultdict(lambda: defaultdict(list)), {}, 0      # method: step: a loss for each seed
-    for flags in EXPERIMENTS["seeds"]:
-        method, done = flags.split(" --seed")[0], finished(folder(flags))
-        if not done:
-            raise SystemExit(f"study/draw.py: {flags} is not done yet: python study/run.py seeds")
-        steps = done[0]["steps"]
-        for line in log(flags):
-            if line["phase"] == "superposition":
-                switches[method] = line["step"]
-            if line["val_loss"]:
-                found[method][line["step"]].append(line["val_loss"])
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    for axes in panels:
-        for (method, losses), colour in zip(found.items(), COLOURS):
-            name = f"TST: {method}" if method in switches else f"baseline: {method}"
-            axes.plot(list(losses), [statistics.mean(seeds) for seeds in losses.values()], color=colour, label=name,
-                      linewidth=2)
-            axes.fill_between(list(losses), [min(seeds) for seeds in losses.values()],
-                              [max(seeds) for seeds in losses.values()], color=colour, alpha=0.25, linewidth=0)
-            if method in switches:
-                axes.axvline(switches[method], color=colour, linewidth=1.5, linestyle=":")
-        axes.set_xlabel("optimizer steps, all of the same cost")
-        axes.grid(alpha=0.3)
-    whole, end = panels
-    whole.set_ylabel("next-token validation loss (nats)")
-    whole.set_title("the whole run", fontsize=10)
-    whole.set_xlim(0, steps)
-    low, high = whole.get_ylim()
-    whole.text(max(switches.values()), low + 0.85 * (high - low), "  dotted: the switch from bags to next tokens")
-    late = [loss for losses in found.values() for step in losses if step > 0.55 * steps for loss in losses[step]]
-    end.set_xlim(0.55 * steps, steps)
+    missing = [flags for flags in EXPERIMENTS["seeds"] if not finished(folder(flags))]
+    if missing:
+        raise SystemExit(f"study/draw.py: {missing} are not done yet: python study/run.py seeds")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2), constrained_layout=True)
+    end = left.inset_axes((0.4, 0.36, 0.58, 0.6))
+    curves(left)
+    found = curves(end)
+    late = [loss for losses in found.values() for step in losses if step > 0.6 * STEPS for loss in losses[step]]
+    end.set_xlim(0.6 * STEPS, STEPS)
     end.set_ylim(min(late) - 0.02, max(late) + 0.02)
-    end.set_title("its end, enlarged", fontsize=10)
-    end.legend(frameon=False, fontsize=9)
+    end.set_title("the end, enlarged", fontsize=9)
+    left.set_xlim(0, STEPS)
+    left.set_xlabel("optimizer steps, all of the same cost (dotted: the switch to next tokens)")
+    left.set_ylabel("next-token validation loss (nats)")
+    left.set_title("Training tiny: means and ranges over 5 seeds", fontsize=10)
+    end.legend(frameon=False, fontsize=8)
+
+    print("| width | flags | steps | tokens per parameter | gain, nats |\n| --- | --- | --- | --- | --- |")
+    for (width, method), points in lengths().items():
+        points = sorted(points.items())
+        name, style = SIZES[width]
+        right.plot([per for (_, per), _ in points], [statistics.mean(gains) for _, gains in points], style,
+                   color=COLOURS[method], label=f"{name}, {method.split(' --r')[0]}")
+        for (steps, per_parameter), gains in points:
+            right.plot([per_parameter] * len(gains), gains, style[-1], color=COLOURS[method], alpha=0.4, markersize=4)
+            each = f" ({', '.join(f'{gain:+.3f}' for gain in gains)})" if len(gains) > 1 else ""
+            print(f"| {width} | `{method}` | {steps} | {per_parameter:.0f} | {statistics.mean(gains):+.3f}{each} |")
+    right.axhline(0, color="tab:grey", linewidth=2)
+    right.set_xscale("log")
+    right.set_xlabel("length of the run: the baseline's tokens per parameter")
+    right.set_ylabel("gain over the baseline (nats)")
+    right.set_title("When it pays: above the grey line", fontsize=10)
+    right.grid(alpha=0.3)
+    right.legend(frameon=False, fontsize=8)
     figure.savefig(HERE / "loss.png", dpi=120)
-    print(f"{HERE / 'loss.png'}: means and ranges over {max(map(len, found['--s 1'].values()))} seeds")
+    print(f"\n{HERE / 'loss.png'} is drawn")
 
 
 if __name__ == "__main__":

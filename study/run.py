@@ -13,6 +13,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -44,20 +45,26 @@ def both(**flags):
 FIVE = [None, 1, 2, 3, 4]               # seeds; what is at tiny's default is left out, so that no run is made twice
 THREE = FIVE[:3]
 SHRINKING = dict(s="8,4,2", r="0.05,0.05,0.05")
-NARROW = dict(n_embd=64, n_hidden=128, steps=5000)
+NARROW, SMALL = dict(n_embd=64, n_hidden=128, steps=5000), dict(n_embd=32, n_hidden=64)
 EXPERIMENTS = {
     "seeds": both(seed=FIVE) + grid(**SHRINKING, seed=FIVE),                    # equal FLOPs
-    "steps": both() + grid(**SHRINKING) + grid(s=1, steps=[7000, 10500]),       # equal loss: how many steps reach it?
-    "length": both(steps=[None, 1000, 2000, 7000]) + grid(**SHRINKING, steps=[None, 1000, 2000]),
+    "steps": both(seed=THREE) + grid(**SHRINKING, seed=THREE)                   # equal loss: how many steps reach it?
+    + grid(s=1, steps=[7000, 10500], seed=THREE) + grid(s=1, steps=[4375, 5250, 8750], seed=1),
+    "length": both(steps=1000, seed=THREE) + both(steps=[2000, None, 7000])     # when does it pay?
+    + grid(**SHRINKING, steps=1000, seed=THREE) + grid(**SHRINKING, steps=[2000, None, 7000])
+    + both(**SMALL, steps=[1000, 2000, 4000, 8000]) + grid(**SHRINKING, **SMALL, steps=[1000, 2000, 4000, 8000]),
     "r": both(seed=THREE) + grid(s=6, r=[0.1, 0.3], seed=THREE) + grid(s=6, r=0.15, seed=[None, 1])
     + grid(**SHRINKING, seed=THREE) + grid(s="8,4", r="0.05,0.05") + grid(s="8,4,2", r="0.1,0.05,0.05", seed=1),
     "lr": both(lr=[None, 1.5e-3, 6e-3]),                                        # fair ground: best against best
     "decay": both(decay_frac=[None, 0.2, 0.6]),
-    "init": both(init_std=0.02, seed=THREE),
-    "batch": both() + both(batch_size=16, steps=7000, lr=2e-3),
-    "grid": grid(s=1) + grid(s=[2, 3, 4, 6, 8, 12, 16], r=[0.1, 0.2, 0.3, 0.5]),
+    "init": grid(s=1, init_std=0.02, seed=THREE),
     "narrow": both(**NARROW) + grid(**SHRINKING, **NARROW),                     # another size and length
-    "halves": both() + grid(s=6, r=0.2, s_in=1) + grid(s=6, r=0.2, s_out=1),
+    "ablations": grid(s=1) + grid(s=[6, 16], r=0.2) + grid(s=[6, 16], r=0.2, s_in=1) + grid(s=[6, 16], r=0.2, s_out=1)
+    + grid(s=[6, 16], r=0.2, weighting=["power", "exp", "first"]) + grid(edit="tables", s=[6, 16], r=0.2),
+    "transitions": both() + grid(edit=["moments", "scale", "rewarm"], s=6, r=0.2) + grid(**SHRINKING)
+    + grid(**SHRINKING, weighting="power") + grid(**SHRINKING, s_in="8,1,1")
+    + grid(s="8,2,6,3,4,8,2,6,3,4", r=",".join(10 * ["0.015"])) + grid(s="6,1,6,1,6,1,6", r=",".join(7 * ["0.03"])),
+    "grid": grid(s=1, steps=2000) + grid(s=[2, 3, 4, 6, 8, 12, 16], r=[0.1, 0.2, 0.3, 0.5], steps=2000),
 }
 
 
@@ -77,6 +84,11 @@ def finished(out):
         return (args, last) if last["step"] == args["steps"] else None
     except (OSError, ValueError, IndexError):
         return None
+
+
+def baseline(flags):
+    """The flags of the run with s = 1 that is otherwise the same."""
+    return re.sub(r"--s [\d,]+( --r [\d.,]+)?", "--s 1", flags)
 
 
 def log(flags):

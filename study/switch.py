@@ -5,16 +5,12 @@
 The spike is the mean over the first 10 steps after the switch; the run has recovered when its mean over
 the last 50 steps is below the baseline's.
 """
-import re
-
-from run import EXPERIMENTS, finished, folder, log
-
-METHOD = re.compile(r"--s [\d,]+( --r [\d.,]+)?")
+from run import EXPERIMENTS, baseline, finished, folder, log
 
 
 def difference(flags):
     """(switch step, loss minus the baseline's at each step), or None where a run is missing or is a baseline."""
-    pair = flags, METHOD.sub("--s 1", flags)
+    pair = flags, baseline(flags)
     if flags == pair[1] or not all(finished(folder(one)) for one in pair):
         return None
     ours, theirs = map(log, pair)
