@@ -60,7 +60,8 @@ EXPERIMENTS = {
     "init": grid(s=1, init_std=0.02, seed=THREE),
     "narrow": both(**NARROW) + grid(**SHRINKING, **NARROW),                     # another size and length
     "ablations": grid(s=1) + grid(s=[6, 16], r=0.2) + grid(s=[6, 16], r=0.2, s_in=1) + grid(s=[6, 16], r=0.2, s_out=1)
-    + grid(s=[6, 16], r=0.2, weighting=["power", "exp", "first"]) + grid(edit="tables", s=[6, 16], r=0.2),
+    + grid(s=[6, 16], r=0.2, weighting=["power", "exp"]) + grid(s=6, r=0.2, weighting="first")  # is input-only
+    + grid(edit="tables", s=[6, 16], r=0.2),
     "transitions": both() + grid(edit=["moments", "scale", "rewarm"], s=6, r=0.2) + grid(**SHRINKING)
     + grid(**SHRINKING, weighting="power") + grid(**SHRINKING, s_in="8,1,1")
     + grid(s="8,2,6,3,4,8,2,6,3,4", r=",".join(10 * ["0.015"])) + grid(s="6,1,6,1,6,1,6", r=",".join(7 * ["0.03"])),

@@ -1,8 +1,9 @@
-"""The README's tables: the losses in study/results.csv, TST beside the baseline with the same other flags and seed.
+"""The study's tables: the losses in study/results.csv, TST beside the baseline with the same other flags and seed.
 
     python study/table.py                               # every experiment
     python study/table.py seeds lr                      # these
     python study/table.py seeds "--s 6 --r 0.2"         # with the differences to that instead of the baseline
+    python study/table.py seeds test                    # of the test split, where it has been looked at
 """
 import csv
 import statistics
@@ -18,18 +19,33 @@ def spread(values):
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def main(names):
-    found = defaultdict(lambda: defaultdict(dict))              # experiment, other flags: method: seed: loss
+def by_s_and_r(rows):
+    """Print one row of losses for each r and one column for each s."""
+    losses = {(row["s"], row["r"]): row["val_loss"] for row in rows}
+    sizes, fractions = (sorted({key[i] for key in losses if key[0] != "1"}, key=float) for i in (0, 1))
+    print(f"the baseline: {losses['1', '0.0']}\n\n| r \\ s | " + " | ".join(sizes) + " |\n" + "| --- " * (1 + len(sizes)) + "|")
+    for r in fractions:
+        print(f"| {r} | " + " | ".join(losses.get((s, r), "") for s in sizes) + " |")
+
+
+def main(words):
+    split, names = "test" if "test" in words else "val", [name for name in words if name != "test"]
+    found, rows = defaultdict(lambda: defaultdict(dict)), defaultdict(list)     # experiment, other flags: method: seed: loss
     with open(Path(__file__).with_name("results.csv")) as file:
-        for row in csv.DictReader(file):
-            words = row["command"].split()[2:]
-            flags = [(flag, value) for flag, value in zip(words[::2], words[1::2]) if flag != "--seed"]
+        for row in (row for row in csv.DictReader(file) if row[f"{split}_loss"]):
+            command = row["command"].split()[2:]
+            flags = [(flag, value) for flag, value in zip(command[::2], command[1::2]) if flag != "--seed"]
             method, other = (" ".join(f"{flag} {value}" for flag, value in flags if (flag in METHOD) == is_method)
                              for is_method in (True, False))
-            found[row["experiment"], other][method][row["seed"]] = float(row["val_loss"])
+            found[row["experiment"], other][method][row["seed"]] = float(row[f"{split}_loss"])
+            rows[row["experiment"]].append(row)
     reference = next((name for name in names if name.startswith("--")), "--s 1")
-    for experiment in [name for name in names if name != reference] or dict.fromkeys(name for name, _ in found):
-        print(f"\n{experiment}\n\n| flags | seeds | validation loss | minus `{reference}` |\n| --- | --- | --- | --- |")
+    for experiment in [name for name in names if name != reference] or rows:
+        print(f"\n{experiment}\n")
+        if experiment == "grid":
+            by_s_and_r(rows[experiment])
+            continue
+        print(f"| flags | seeds | {split} loss | minus `{reference}` |\n| --- | --- | --- | --- |")
         for (name, other), methods in found.items():
             if name != experiment:
                 continue
