@@ -14,7 +14,7 @@ from model import load_checkpoint
 
 COLOURS = {"--s 1": "tab:grey", "--s 6 --r 0.2": "tab:blue", "--s 8,4,2 --r 0.05,0.05,0.05": "tab:orange"}
 SIZES = {96: ("tiny", "-o"), 32: ("32 wide", "--s")}
-STEPS = 3500
+STEPS = 3500                            # of "seeds"
 
 
 def method_of(flags):
@@ -64,18 +64,18 @@ def main():
     if missing:
         raise SystemExit(f"study/draw.py: {missing} are not done yet: python study/run.py seeds")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2), constrained_layout=True)
-    end = left.inset_axes((0.4, 0.36, 0.58, 0.6))
+    end = left.inset_axes((0.42, 0.3, 0.56, 0.44))
     curves(left)
     found = curves(end)
     late = [loss for losses in found.values() for step in losses if step > 0.6 * STEPS for loss in losses[step]]
     end.set_xlim(0.6 * STEPS, STEPS)
     end.set_ylim(min(late) - 0.02, max(late) + 0.02)
-    end.set_title("the end, enlarged", fontsize=9)
+    end.text(0.04, 0.06, "the end, enlarged", transform=end.transAxes, fontsize=9)
     left.set_xlim(0, STEPS)
     left.set_xlabel("optimizer steps, all of the same cost (dotted: the switch to next tokens)")
     left.set_ylabel("next-token validation loss (nats)")
     left.set_title("Training tiny: means and ranges over 5 seeds", fontsize=10)
-    end.legend(frameon=False, fontsize=8)
+    left.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, loc="upper right")
 
     print("| width | flags | steps | tokens per parameter | gain, nats |\n| --- | --- | --- | --- | --- |")
     for (width, method), points in lengths().items():
@@ -89,7 +89,9 @@ def main():
             print(f"| {width} | `{method}` | {steps} | {per_parameter:.0f} | {statistics.mean(gains):+.3f}{each} |")
     right.axhline(0, color="tab:grey", linewidth=2)
     right.set_xscale("log")
-    right.set_xlabel("length of the run: the baseline's tokens per parameter")
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("")
+    right.set_xlabel("length: the baseline's tokens per parameter")
     right.set_ylabel("gain over the baseline (nats)")
     right.set_title("When it pays: above the grey line", fontsize=10)
     right.grid(alpha=0.3)

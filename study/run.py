@@ -50,8 +50,8 @@ EXPERIMENTS = {
     "seeds": both(seed=FIVE) + grid(**SHRINKING, seed=FIVE),                    # equal FLOPs
     "steps": both(seed=THREE) + grid(**SHRINKING, seed=THREE)                   # equal loss: how many steps reach it?
     + grid(s=1, steps=[7000, 10500], seed=THREE) + grid(s=1, steps=[4375, 5250, 8750], seed=1),
-    "length": both(steps=1000, seed=THREE) + both(steps=[2000, None, 7000])     # when does it pay?
-    + grid(**SHRINKING, steps=1000, seed=THREE) + grid(**SHRINKING, steps=[2000, None, 7000])
+    "length": both(seed=FIVE) + both(steps=1000, seed=THREE) + both(steps=[2000, 7000])             # when does it pay?
+    + grid(**SHRINKING, seed=FIVE) + grid(**SHRINKING, steps=1000, seed=THREE) + grid(**SHRINKING, steps=[2000, 7000])
     + both(**SMALL, steps=[1000, 2000, 4000, 8000]) + grid(**SHRINKING, **SMALL, steps=[1000, 2000, 4000, 8000]),
     "r": both(seed=THREE) + grid(s=6, r=[0.1, 0.3], seed=THREE) + grid(s=6, r=0.15, seed=[None, 1])
     + grid(**SHRINKING, seed=THREE) + grid(s="8,4", r="0.05,0.05") + grid(s="8,4,2", r="0.1,0.05,0.05", seed=1),
