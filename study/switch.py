@@ -1,32 +1,37 @@
-"""What the switch costs: training loss minus the baseline's, same seed and step, for runs that study/run.py has made.
+"""What the switch costs: TST's loss minus the baseline's, same seed and step, for runs that study/run.py has made.
 
     python study/switch.py              # every run of "seeds", "r" and "length" that has its baseline
 
-The spike is the mean over the first 10 steps after the switch; the run has recovered when its mean over
-the last 50 steps is below the baseline's.
+The spike is the difference of the training losses, mean of the first 10 steps after the switch. The steps to recover
+are those from the switch until the validation losses cross for good, on straight lines between the evaluations.
+(Training losses would not do here: after the switch the two read different text.)
 """
 from run import EXPERIMENTS, baseline, finished, folder, log
 
 
-def difference(flags):
-    """(switch step, loss minus the baseline's at each step), or None where a run is missing or is a baseline."""
+def cost(flags):
+    """(switch step, spike, steps to recover or None) of a run, or None if it or its baseline is missing or it is one."""
     pair = flags, baseline(flags)
     if flags == pair[1] or not all(finished(folder(one)) for one in pair):
         return None
     ours, theirs = map(log, pair)
+    less = [a["loss"] - b["loss"] for a, b in zip(ours, theirs)]
     switch = sum(line["phase"] == "superposition" for line in ours)
-    return switch, [a["loss"] - b["loss"] for a, b in zip(ours, theirs)]
+    points = [(a["step"], a["val_loss"] - b["val_loss"]) for a, b in zip(ours, theirs) if a["val_loss"] and b["val_loss"]]
+    recovered = None
+    for (step, before), (later, after) in zip(points, points[1:]):
+        if before > 0 > after:
+            recovered = round(step + (later - step) * before / (before - after)) - switch
+    return switch, sum(less[switch:switch + 10]) / 10, recovered if points[-1][1] < 0 else None
 
 
 def main():
     print("| flags | switch | spike | steps to recover |\n| --- | --- | --- | --- |")
     for flags in dict.fromkeys(flags for name in ("seeds", "r", "length") for flags in EXPERIMENTS[name]):
-        found = difference(flags)
+        found = cost(flags)
         if found:
-            switch, less = found
-            ends = range(switch + 50, len(less) + 1)
-            recovered = next((end - switch for end in ends if sum(less[end - 50:end]) < 0), "never")
-            print(f"| `{flags}` | {switch} | {sum(less[switch:switch + 10]) / 10:+.2f} | {recovered} |")
+            switch, spike, recovered = found
+            print(f"| `{flags}` | {switch} | {spike:+.2f} | {recovered or 'never'} |")
 
 
 if __name__ == "__main__":
