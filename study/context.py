@@ -19,7 +19,7 @@ ROWS, PARTS = 1000, 8
 
 
 def losses(out, args):
-    """The mean next-token loss, nats, in each of PARTS equal parts of ROWS validation rows, and of their halves again."""
+    """The mean loss, nats, in each of PARTS equal parts of ROWS validation rows, and of their first halves again."""
     model, l = load_model(out)[0], args["seq_len"]
     _, tokens, *_ = data.load(HERE.parent / args["data"])
     rows = [tokens.read(k * (len(tokens) - l - 1) // (ROWS - 1), l + 1) for k in range(ROWS)]

@@ -31,8 +31,9 @@ def curves(axes):
             if line["val_loss"]:
                 found[method_of(flags)][line["step"]].append(line["val_loss"])
     for method, losses in found.items():
-        axes.plot(list(losses), [statistics.mean(seeds) for seeds in losses.values()], color=COLOURS[method], linewidth=2,
-                  label=f"TST: {method}" if method in switches else f"baseline: {method}")
+        means = [statistics.mean(seeds) for seeds in losses.values()]
+        name = f"TST: {method}" if method in switches else f"baseline: {method}"
+        axes.plot(list(losses), means, color=COLOURS[method], linewidth=2, label=name)
         axes.fill_between(list(losses), [min(seeds) for seeds in losses.values()],
                           [max(seeds) for seeds in losses.values()], color=COLOURS[method], alpha=0.25, linewidth=0)
         if method in switches:

@@ -1,6 +1,6 @@
 """What must survive the switch? Edit a finished run's ckpt_switch.pt and train the recovery phase again from there.
 
-    python study/run.py edits                                           # all of them
+    python study/run.py ablations transitions                           # all of them, among others
     python study/edit.py --edit tables --s 6 --r 0.2                    # one; run.py must have made --s 6 --r 0.2
 
 --edit is one of
@@ -10,6 +10,7 @@
     rewarm    the learning rate warms up anew from the switch, over as many steps as at the start
 """
 import argparse
+import itertools
 import shutil
 import sys
 
@@ -59,7 +60,9 @@ def main():
     checkpoint = model.load_checkpoint(source / "ckpt_switch.pt")
     globals()[args.edit](checkpoint, checkpoint["args"])
     if not (out / "ckpt.pt").exists():
-        shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.pt"), dirs_exist_ok=True)
+        shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.pt", "*.jsonl"), dirs_exist_ok=True)
+        with open(source / "metrics.jsonl") as lines, open(out / "metrics.jsonl", "w") as log:
+            log.writelines(itertools.islice(lines, checkpoint["step"]))
         torch.save(checkpoint, out / "ckpt.pt")
     train_tst.main(["--resume", str(out), "--out", str(out)])
 

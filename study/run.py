@@ -57,7 +57,7 @@ EXPERIMENTS = {
     + grid(**SHRINKING, seed=THREE) + grid(s="8,4", r="0.05,0.05") + grid(s="8,4,2", r="0.1,0.05,0.05", seed=1),
     "lr": both(lr=[None, 1.5e-3, 6e-3]),                                        # fair ground: best against best
     "decay": both(decay_frac=[None, 0.2, 0.6]),
-    "init": grid(s=1, init_std=0.02, seed=THREE),
+    "init": grid(s=1, init_std=[None, 0.02], seed=THREE),
     "narrow": both(**NARROW) + grid(**SHRINKING, **NARROW),                     # another size and length
     "ablations": grid(s=1) + grid(s=[6, 16], r=0.2) + grid(s=[6, 16], r=0.2, s_in=1) + grid(s=[6, 16], r=0.2, s_out=1)
     + grid(s=[6, 16], r=0.2, weighting=["power", "exp"]) + grid(s=6, r=0.2, weighting="first")  # is input-only
@@ -88,7 +88,7 @@ def finished(out):
 
 
 def baseline(flags):
-    """The flags of the run with s = 1 that is otherwise the same."""
+    """The flags of the baseline of a run whose flags begin with --s and --r: the same others."""
     return re.sub(r"--s [\d,]+( --r [\d.,]+)?", "--s 1", flags)
 
 
@@ -124,6 +124,7 @@ def test_loss(args, out):
 
 
 def row(experiment, flags, args, last, test):
+    # 2 bytes a token, after a header of 1,024
     train_tokens = sum(path.stat().st_size // 2 - 512 for path in (HERE.parent / args["data"]).glob("*train*.bin"))
     from train_tst import joined
     bags = {name: joined(args[name]) for name in ("s", "r")}

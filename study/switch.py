@@ -4,20 +4,20 @@
 
 The spike is the difference of the training losses, mean of the first 10 steps after the switch. The steps to recover
 are those from the switch until the validation losses cross for good, on straight lines between the evaluations.
-(Training losses would not do here: after the switch the two read different text.)
+(The spike is large enough for training losses, the crossing is not: after the switch the two read different text.)
 """
 from run import EXPERIMENTS, baseline, finished, folder, log
 
 
 def cost(flags):
-    """(switch step, spike, steps to recover or None) of a run, or None if it or its baseline is missing or it is one."""
+    """(switch step, spike, steps to recover or None) of a run; None if it is a baseline, lacks one, or is not done."""
     pair = flags, baseline(flags)
     if flags == pair[1] or not all(finished(folder(one)) for one in pair):
         return None
     ours, theirs = map(log, pair)
     less = [a["loss"] - b["loss"] for a, b in zip(ours, theirs)]
     switch = sum(line["phase"] == "superposition" for line in ours)
-    points = [(a["step"], a["val_loss"] - b["val_loss"]) for a, b in zip(ours, theirs) if a["val_loss"] and b["val_loss"]]
+    points = [(a["step"], a["val_loss"] - b["val_loss"]) for a, b in zip(ours, theirs) if a["val_loss"]]
     recovered = None
     for (step, before), (later, after) in zip(points, points[1:]):
         if before > 0 > after:
@@ -31,7 +31,7 @@ def main():
         found = cost(flags)
         if found:
             switch, spike, recovered = found
-            print(f"| `{flags}` | {switch} | {spike:+.2f} | {recovered or 'never'} |")
+            print(f"| `{flags}` | {switch} | {spike:+.2f} | {'never' if recovered is None else recovered} |")
 
 
 if __name__ == "__main__":

@@ -23,14 +23,16 @@ def by_s_and_r(rows):
     """Print one row of losses for each r and one column for each s."""
     losses = {(row["s"], row["r"]): row["val_loss"] for row in rows}
     sizes, fractions = (sorted({key[i] for key in losses if key[0] != "1"}, key=float) for i in (0, 1))
-    print(f"the baseline: {losses['1', '0.0']}\n\n| r \\ s | " + " | ".join(sizes) + " |\n" + "| --- " * (1 + len(sizes)) + "|")
+    print(f"the baseline: {losses['1', '0.0']}\n\n| r \\ s | " + " | ".join(sizes) + " |")
+    print("| --- " * (1 + len(sizes)) + "|")
     for r in fractions:
         print(f"| {r} | " + " | ".join(losses.get((s, r), "") for s in sizes) + " |")
 
 
 def main(words):
     split, names = "test" if "test" in words else "val", [name for name in words if name != "test"]
-    found, rows = defaultdict(lambda: defaultdict(dict)), defaultdict(list)     # experiment, other flags: method: seed: loss
+    found = defaultdict(lambda: defaultdict(dict))              # experiment, other flags: method: seed: loss
+    rows = defaultdict(list)
     with open(Path(__file__).with_name("results.csv")) as file:
         for row in (row for row in csv.DictReader(file) if row[f"{split}_loss"]):
             command = row["command"].split()[2:]
@@ -40,7 +42,10 @@ def main(words):
             found[row["experiment"], other][method][row["seed"]] = float(row[f"{split}_loss"])
             rows[row["experiment"]].append(row)
     reference = next((name for name in names if name.startswith("--")), "--s 1")
-    for experiment in [name for name in names if name != reference] or rows:
+    experiments = [name for name in names if name != reference] or rows
+    if not set(experiments) <= set(rows):
+        raise SystemExit(f"study/table.py: of {experiments} results.csv has only {list(rows)}")
+    for experiment in experiments:
         print(f"\n{experiment}\n")
         if experiment == "grid":
             by_s_and_r(rows[experiment])
