@@ -1,6 +1,7 @@
 """The paper's claims and the scripts' promises, one a test. Run with: python -m pytest"""
 import argparse
 import base64
+import csv
 import http.server
 import importlib.util
 import io
@@ -12,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -1022,6 +1024,28 @@ def test_the_example_for_your_own_training_loop_trains():
     torch.testing.assert_close(space["superposed_loss"](model, embed, rows[6], 6), ours)
     exec(example, space)
     assert read == 3 * [36] + 7 * [6] and space["loss"] < F.cross_entropy(torch.zeros(1, VOCAB), torch.tensor([0]))
+
+
+
+def test_the_readme_gives_the_losses_of_the_study():
+    losses = {}
+    with open(HERE / "study" / "results.csv") as file:
+        for row in csv.DictReader(file):
+            flags = re.sub(r"python train_tst.py | --seed \d+", "", row["command"])
+            losses.setdefault(flags, {})[row["seed"]] = float(row["val_loss"])
+
+    def spread(values):
+        return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+    table = re.findall(r"^\| `(--s [^`]+)`[^|]*\|[^|]* M \|(.*)\|$", (HERE / "README.md").read_text(encoding="utf-8"), re.M)
+    for flags, cells in table:
+        *seeds, mean, less = (cell.strip() for cell in cells.replace("*", "").split("|"))
+        found, baseline = losses[flags], losses["--s 1"]
+        assert [seed for seed in seeds if seed] == [f"{found[seed]:.4f}" for seed in sorted(found)]
+        assert mean == spread(found.values())
+        assert less in ("", spread([found[seed] - baseline[seed] for seed in found]))
+    assert len(table) == 6
+
 
 # Export
 
