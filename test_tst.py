@@ -1047,6 +1047,28 @@ def test_the_readme_gives_the_losses_of_the_study():
     assert len(table) == 6
 
 
+@pytest.mark.parametrize("name, changed, reset", [
+    ("tables", {"embedding.weight", "head.weight"}, {"embedding.weight", "head.weight"}), ("moments", set(), "all"),
+    ("scale", {"embedding.weight"}, set()), ("rewarm", set(), set())])
+def test_an_edit_at_the_switch_changes_what_it_says_and_then_trains(name, changed, reset, run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "study")
+    edit = importlib.import_module("edit")
+    monkeypatch.setattr(edit, "folder", lambda flags: tmp_path / "out" if "--edit" in flags else run)
+    monkeypatch.setattr(sys, "argv", ["edit.py", "--edit", name, "--s", "3"])
+    monkeypatch.setattr(train_tst, "learning_rate", train_tst.learning_rate)             # which rewarm sets
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tst, "main", lambda argv: None)
+        edit.main()
+    before, after = (models.load_checkpoint(path) for path in (run / "ckpt_switch.pt", tmp_path / "out"))
+    moments = before["optimizer"]["state"], after["optimizer"]["state"]
+    assert {key for key, weight in after["model"].items() if not weight.equal(before["model"][key])} == changed
+    assert {key for key in moments[1] if not moments[1][key]["exp_avg"].any()} == (set(moments[0]) if reset == "all" else reset)
+    edit.main()
+    switch, old, new = before["step"], lines(run), lines(tmp_path / "out")
+    assert new[:switch] == old[:switch] and len(new) == len(old) and new[-1]["val_loss"] != old[-1]["val_loss"]
+    assert [line["lr"] for line in new] != [line["lr"] for line in old] or name != "rewarm"
+
+
 # Export
 
 def needs(*packages):

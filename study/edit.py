@@ -42,7 +42,8 @@ def zero(state):
 
 def scale(checkpoint, args):
     table, s = checkpoint["model"]["embedding.weight"], args["s_in"][-1]
-    tokens = torch.from_numpy(data.load(HERE.parent / args["data"])[0].read(0, 100_000 * s))
+    stream = data.load(HERE.parent / args["data"])[0]
+    tokens = torch.from_numpy(stream.read(0, s * min(100_000, len(stream) // s)))
     bags, singles = (model.bag_average(table, tokens.view(1, -1, size)).norm(dim=-1).mean() for size in (s, 1))
     table *= bags / singles
 
