@@ -14,15 +14,14 @@ from model import load_checkpoint
 
 COLOURS = {"--s 1": "tab:grey", "--s 6 --r 0.2": "tab:blue", "--s 8,4,2 --r 0.05,0.05,0.05": "tab:orange"}
 SIZES = {96: ("tiny", "-o"), 32: ("small model", "--s")}
-STEPS = 3500                            # of "seeds"
 
 
 def method_of(flags):
     return max((method for method in COLOURS if f"{flags} ".startswith(f"{method} ")), key=len)
 
 
-def curves(axes):
-    """Draw the losses of "seeds" on axes, the switches dotted, and return {method: {step: a loss for each seed}}."""
+def seeds():
+    """Of "seeds": {method: {step: a loss for each seed}}, and {method: the step of the switch}."""
     found, switches = defaultdict(lambda: defaultdict(list)), {}
     for flags in EXPERIMENTS["seeds"]:
         for line in log(flags):
@@ -30,16 +29,18 @@ def curves(axes):
                 switches[method_of(flags)] = line["step"]
             if line["val_loss"]:
                 found[method_of(flags)][line["step"]].append(line["val_loss"])
+    return found, switches
+
+
+def curves(axes, found, switches):
     for method, losses in found.items():
-        means = [statistics.mean(seeds) for seeds in losses.values()]
+        means, lows, highs = ([kind(each) for each in losses.values()] for kind in (statistics.mean, min, max))
         name = f"TST: {method}" if method in switches else f"baseline: {method}"
         axes.plot(list(losses), means, color=COLOURS[method], linewidth=2, label=name)
-        axes.fill_between(list(losses), [min(seeds) for seeds in losses.values()],
-                          [max(seeds) for seeds in losses.values()], color=COLOURS[method], alpha=0.25, linewidth=0)
+        axes.fill_between(list(losses), lows, highs, color=COLOURS[method], alpha=0.25, linewidth=0)
         if method in switches:
             axes.axvline(switches[method], color=COLOURS[method], linewidth=1.5, linestyle=":")
     axes.grid(alpha=0.3)
-    return found
 
 
 def lengths():
@@ -66,17 +67,19 @@ def main():
         raise SystemExit(f"study/draw.py: {missing} are not done yet: python study/run.py seeds")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2), constrained_layout=True)
     end = left.inset_axes((0.42, 0.3, 0.56, 0.44))
-    curves(left)
-    found = curves(end)
-    late = [loss for losses in found.values() for step in losses if step > 0.6 * STEPS for loss in losses[step]]
-    end.set_xlim(0.6 * STEPS, STEPS)
+    found, switches = seeds()
+    for axes in (left, end):
+        curves(axes, found, switches)
+    steps = max(found["--s 1"])
+    late = [loss for losses in found.values() for step in losses if step > 0.6 * steps for loss in losses[step]]
+    end.set_xlim(0.6 * steps, steps)
     end.set_ylim(min(late) - 0.02, max(late) + 0.02)
     end.text(0.04, 0.06, "the end, enlarged", transform=end.transAxes, fontsize=9)
-    left.set_xlim(0, STEPS)
+    left.set_xlim(0, steps)
     left.set_xlabel("optimizer steps, all of the same cost (dotted: the switch to next tokens)")
     left.set_ylabel("next-token validation loss (nats)")
     left.set_title("Training tiny: means and ranges over 5 seeds", fontsize=10)
-    left.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, loc="upper right")
+    left.legend(frameon=False, fontsize=9, loc="upper right")
 
     print("| width | flags | steps | tokens per parameter | gain, nats |\n| --- | --- | --- | --- | --- |")
     for (width, method), points in lengths().items():

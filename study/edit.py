@@ -10,7 +10,6 @@
     rewarm    the learning rate warms up anew from the switch, over as many steps as at the start
 """
 import argparse
-import itertools
 import shutil
 import sys
 
@@ -61,9 +60,8 @@ def main():
     checkpoint = model.load_checkpoint(source / "ckpt_switch.pt")
     globals()[args.edit](checkpoint, checkpoint["args"])
     if not (out / "ckpt.pt").exists():
-        shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.pt", "*.jsonl"), dirs_exist_ok=True)
-        with open(source / "metrics.jsonl") as lines, open(out / "metrics.jsonl", "w") as log:
-            log.writelines(itertools.islice(lines, checkpoint["step"]))
+        shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.pt"), dirs_exist_ok=True)
+        train_tst.open_log(out / "metrics.jsonl", keep=checkpoint["step"]).close()      # or it would pass for finished
         torch.save(checkpoint, out / "ckpt.pt")
     train_tst.main(["--resume", str(out), "--out", str(out)])
 
