@@ -76,63 +76,60 @@ def bags(rows, s_in, s_out):
 
 
 class Batches:
-    """The rows of every training batch, with no state: resuming is asking for another step.
+    """The rows of every training batch, a pure function of (seed, step, row): resuming is asking for another step.
 
-    The stream is cut into pieces of equal size, and each piece into a stretch for each phase, in
-    proportion to the tokens it reads, so that all phases meet the same kinds of text and none
-    the other's. A phase's stretches are cut into n windows of l * s_in tokens. A row is a window
-    and the s_out tokens after it, its last target. Row k of a phase is window
-    (offset + k * stride) % n, with an offset drawn from the seed. The stride is near 0.618 n, so
-    that successive rows are far apart, and coprime to n, so that no window comes twice within
-    an epoch.
+    The stream is cut into blocks of l * lcm(all s_in) tokens, which any phase can cut into
+    whole rows. They are shuffled once with the seed, and each phase gets a run of them, in
+    proportion to the tokens that it reads. Row k of a phase with n blocks of p rows is part
+    (k // n) % p of block k % n. Say, 15 tokens, l = 2, one row a step, 1 step of s = 3, then 3
+    of s = 1:
+
+        blocks     0 1 2 3 4 5 | 6 7 8 9 10 11 | 12 13 14      2 * lcm(3, 1) tokens each; the rest are targets
+        shuffled   the second, the first                       s = 3 gets one, and s = 1 the other
+        step 0     6 7 8  9 10 11  12 13 14                    s = 3: the last bag is a target alone
+        steps 1-3  0 1 2,  2 3 4,  4 5 6                       s = 1: parts 0, 1, 2 of its block
+
+    In an epoch each token is an input once, in one phase, and where s_in = s_out a target at
+    most once in a phase; only the last targets of a row may lie in another phase's block.
 
     tokens: a `Stream`; phases: [(steps, s_in, s_out), ...]. `epochs` says how often the
-    run will read the data. SystemExit(2) if a stretch is too short for one batch.
+    run will read the data. SystemExit(2) if a phase has too few rows for one batch.
     """
 
     def __init__(self, tokens, phases, batch_size, seq_len, seed):
-        self.tokens, self.batch_size = tokens, batch_size
-        self.phases, self.epochs, first_step = [], 0.0, 0
-        reads = np.cumsum([0] + [steps * s_in for steps, s_in, _ in phases]).tolist()
-        used = [(steps, s_in) for steps, s_in, _ in phases if steps]
-        shortest, largest = min(used)[0], max(s_in for _, s_in in used)
-        self.pieces = 1 if len(used) == 1 else max(1, min(      # so long that the windows leave little of each
-            len(tokens) // (1000 * seq_len * largest), len(tokens) * shortest // (100 * seq_len * reads[-1])))
-        self.piece = len(tokens) // self.pieces
-        cuts = [self.piece * read // reads[-1] for read in reads]
-        for k, (steps, s_in, s_out) in enumerate(phases):
-            if steps == 0:
-                continue
-            windows = self.pieces * ((cuts[k + 1] - cuts[k] - s_out) // (seq_len * s_in))
-            if windows < batch_size:
+        self.tokens, self.batch_size, self.seq_len = tokens, batch_size, seq_len
+        used = [phase for phase in phases if phase[0] > 0]
+        self.block = seq_len * math.lcm(*(s_in for _, s_in, _ in used))
+        n_blocks = max(0, len(tokens) - max(s_out for *_, s_out in used)) // self.block
+        order = np.random.default_rng(seed).permutation(n_blocks)
+        total, read, first_step = sum(steps * s_in for steps, s_in, _ in used), 0, 0
+        self.phases, self.epochs = [], 0.0
+        for steps, s_in, s_out in used:
+            start, read = round(n_blocks * read / total), read + steps * s_in
+            blocks = order[start:round(n_blocks * read / total)]
+            rows = len(blocks) * (self.block // (seq_len * s_in))
+            if rows < batch_size:
                 fail(f"{len(tokens):,} training tokens are too few for a batch of {batch_size} rows of {seq_len} bags "
                      f"of {s_in}: bring more data, or lower --batch-size, --seq-len or --s")
-            offset = int(np.random.default_rng((seed, k)).integers(windows))
-            self.phases.append((first_step, cuts[k], windows, seq_len * s_in, s_out, offset))
-            self.epochs = max(self.epochs, steps * batch_size / windows)
+            self.phases.append((first_step, blocks, rows, s_in, s_out))
+            self.epochs = max(self.epochs, steps * batch_size / rows)
             first_step += steps
 
     def rows(self, step, first, count):
         """Rows first .. first + count - 1 of the batch of step (from 0): (count, l * s_in + s_out) int64."""
-        first_step, start, windows, window, s_out, offset = self.phase(step)
-        row, stride = (step - first_step) * self.batch_size + first, golden_stride(windows)
-        places = (divmod((offset + (row + k) * stride) % windows, windows // self.pieces) for k in range(count))
-        return torch.from_numpy(np.stack([
-            self.tokens.read(piece * self.piece + start + place * window, window + s_out) for piece, place in places]))
+        first_step, blocks, _, s_in, s_out = self.phase(step)
+        length, n = self.seq_len * s_in, len(blocks)
+        k = (step - first_step) * self.batch_size + first
+        starts = [int(blocks[i % n]) * self.block + i // n % (self.block // length) * length for i in range(k, k + count)]
+        return torch.from_numpy(np.stack([self.tokens.read(start, length + s_out) for start in starts]))
 
     def epoch(self, step):
-        """How often the phase of step (from 0) has used up its stretch before that step."""
-        first_step, _, windows, *_ = self.phase(step)
-        return (step - first_step) * self.batch_size // windows
+        """How often the phase of step (from 0) has used up its rows before that step."""
+        first_step, _, rows, *_ = self.phase(step)
+        return (step - first_step) * self.batch_size // rows
 
     def phase(self, step):
         return [phase for phase in self.phases if phase[0] <= step][-1]
-
-
-@functools.cache
-def golden_stride(n):
-    """A number coprime to n, near the golden section of n."""
-    return next(k for k in range(max(1, round(n * 0.618)), n + 2) if math.gcd(k, n) == 1)
 
 
 class Stream:

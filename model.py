@@ -235,16 +235,14 @@ class ChunkedHeadLoss(torch.autograd.Function):
         for chunk, target in zip(x.split(size), targets.split(size)):
             z = F.linear(chunk, head)                                   # (size, V), the logits
             hit = (z.gather(1, target) * weights).sum(1)                # not @, which autocast takes to bfloat16
-            top = z.amax(1)
-            p = torch.softmax(z, 1, dtype=exact, out=z if z.dtype == exact else None)   # in place where it can be
-            loss = loss + (top - p.amax(1).log() - hit).sum()           # the largest p is 1 / sum(exp(z - top))
+            total, p = normalise(z)
+            loss = loss + (total - hit).sum()
             if with_grad:
-                z = z.copy_(p.scatter_add_(1, target, -weights.expand_as(target)))  # cast once for both
+                p.scatter_add_(1, target, -weights.expand_as(target))   # the loss's gradient in z
+                z.copy_(p)                                              # in the dtype of the products
                 grad_x.append(z @ head)
-                if z.dtype == exact:
-                    torch.addmm(grad_head, z.T, chunk, out=grad_head)   # without another tensor of the table's size
-                else:
-                    grad_head += z.T @ chunk
+                grad_head += z.T @ chunk
+            del z, p                                                    # before the next chunk is there
         if with_grad:
             ctx.save_for_backward(torch.cat(grad_x), grad_head)
         return loss / len(x)
@@ -254,6 +252,15 @@ class ChunkedHeadLoss(torch.autograd.Function):
         grad_x, grad_head = ctx.saved_tensors
         scale = grad / len(grad_x)
         return grad_x.mul_(scale), grad_head.mul_(scale), None, None, None
+
+
+def normalise(z):
+    """Logits (n, V) -> their log-sum-exp (n,) and softmax (n, V), of float32 or better; z itself is overwritten."""
+    z = at_least_float32(z)
+    top = z.amax(1, keepdim=True)                       # so that no exponential overflows
+    p = z.sub_(top).exp_()
+    total = p.sum(1, keepdim=True)
+    return (top + total.log()).squeeze(1), p.div_(total)
 
 
 CHECKPOINT = {"model": dict, "optimizer": dict, "step": int, "seconds": float, "args": dict, "config": dict,

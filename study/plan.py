@@ -88,9 +88,9 @@ def micro_batch_bytes(config, args, bag):
             loss.backward()
             del loss
 
-    def logits(chunk):      # of `ChunkedHeadLoss`: as the product gives them, in float32, and those of the chunk before
-        n = args.micro_batch_size * args.seq_len
-        return min(n, chunk) * model.head.out_features * (4 + 2 * (args.dtype == "bfloat16") + 4 * (n > chunk))
+    def logits(chunk):      # of `ChunkedHeadLoss`: in float32, and as a product in bfloat16 gives them
+        n = min(args.micro_batch_size * args.seq_len, chunk)
+        return n * model.head.out_features * (4 + 2 * (args.dtype == "bfloat16"))
 
     return live.peak + (logits(4096) - logits(512) if args.device.startswith("cuda") else 0)
 
