@@ -176,6 +176,9 @@ class Attention(nn.Module):
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 KV, l, head_dim)
         qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         q, k = rope(qk, cos, sin).split((self.n_head, self.n_kv_head), dim=1)
+        if q.is_cuda and q.dtype == torch.float32:      # no fused kernel there knows GQA, and the other one keeps
+            repeats = self.n_head // self.n_kv_head     # every attention matrix
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.out(y.transpose(1, 2).flatten(2))                   # (B, l, d)
 

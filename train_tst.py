@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,8 @@ def main(argv=None):
         smaller = max((n for n in range(1, micro) if micro % n == 0), default=None)
         fail(f"--micro-batch-size {micro} does not fit on the device: try "
              + (f"--micro-batch-size {smaller}" if smaller else "--checkpoint-activations, or --fsdp"), anywhere=True)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():           # not in a `finally`, which would wait for the other ranks where one failed
+        dist.destroy_process_group()
 
 
 def train(args, checkpoint=None):
@@ -84,7 +84,9 @@ def train(args, checkpoint=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                      # TF32 for float32 products
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))    # a checkpoint of 3B takes minutes
+        torch._dynamo.config.optimize_ddp = False                       # blocks are compiled one by one; do not split
     say("flags in force: " + shlex.join(as_flags(vars(args))))
 
     # Data
@@ -311,11 +313,13 @@ def default_flags(given):
 def check(args, taken):
     """What no single flag can know; taken: --out holds a run that is not continued. SystemExit(2) with one line."""
     own_device(args)
+    one_gpu = WORLD > 1 and args.device.startswith("cuda:")
     each, decay_steps = args.batch_size // WORLD, round(args.decay_frac * args.steps)
     for wrong, message in (
         (args.n_embd % args.n_head or args.n_embd // args.n_head % 2,
          f"--n-head {args.n_head} does not divide --n-embd {args.n_embd} into heads of even width"),
         (args.n_head % args.n_kv_head, f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}"),
+        (one_gpu, f"--device {args.device} puts all {WORLD} processes on one GPU: say --device cuda"),
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide by the {WORLD} processes"),
         (args.micro_batch_size and each % args.micro_batch_size,
          f"--micro-batch-size {args.micro_batch_size} does not divide the {each} sequences of a process"),
@@ -332,8 +336,8 @@ def check(args, taken):
 
 
 def own_device(args):
-    """This process's torch.device: under torchrun each has a GPU of its own."""
-    return find_device(f"cuda:{LOCAL_RANK}" if args.device == "cuda" and WORLD > 1 else args.device)
+    """This process's torch.device: a GPU has an index, which torch wants, and under torchrun each its own."""
+    return find_device(f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device)
 
 
 def micro_batch_size(args):

@@ -47,6 +47,7 @@ THREE = FIVE[:3]
 SHRINKING = dict(s="8,4,2", r="0.05,0.05,0.05")
 NARROW, SMALL = dict(n_embd=64, n_hidden=128, steps=5000), dict(n_embd=32, n_hidden=64)
 EXPERIMENTS = {
+    "blocks": both(seed=THREE),         # with batches of shuffled blocks; the rows of the others are older
     "seeds": both(seed=FIVE) + grid(**SHRINKING, seed=FIVE),                    # equal FLOPs
     "steps": both(seed=THREE) + grid(**SHRINKING, seed=THREE)                   # equal loss: how many steps reach it?
     + grid(s=1, steps=[7000, 10500], seed=THREE) + grid(s=1, steps=[4375, 5250, 8750], seed=1),
