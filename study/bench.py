@@ -27,8 +27,10 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import data
-from model import GPT, PRESETS, ChunkedHeadLoss, bag_weights, multi_hot_cross_entropy, table_rows
-from train_tst import GRAD_CLIP, MAX_MICRO_BATCH, RECIPES, compiler_works, make_optimizer
+from model import GPT, PRESETS, ChunkedHeadLoss, bag_weights, multi_hot_cross_entropy
+from model import normalise
+from tools.corpus import VOCAB_SIZE, write_shard
+from train_tst import GRAD_CLIP, RECIPES, compiler_works, make_optimizer
 
 SIZES = (1, 2, 4, 6, 8, 16)
 SECONDS = 6             # of a race, where its fewest rounds do not take longer
@@ -59,16 +61,16 @@ def main():
     print(f"{machine}, torch {torch.__version__}, {args.dtype}; ratios: median [quartiles]")
     args.kinds = ("eager", "compiled") if compiler_works(args.device, print) else ("eager",)
     for args.model in [args.model] if args.model else ["tiny", "270m"]:
-        recipe, vocab_size = RECIPES[args.model], data.VOCAB_SIZE if args.model == "tiny" else data.GPT2["vocab_size"]
-        c = args.config = replace(PRESETS[args.model], vocab_size=vocab_size, seq_len=recipe["seq_len"])
-        args.batch, cut = min(recipe["batch_size"], MAX_MICRO_BATCH[args.model]), ""
+        recipe, vocab_size = RECIPES[args.model], VOCAB_SIZE if args.model == "tiny" else data.GPT2["vocab_size"]
+        c = args.config = replace(PRESETS[args.model], vocab_size=vocab_size)
+        args.batch, cut = min(recipe["batch_size"], recipe["micro_batch_size"]), ""
         if args.model != "tiny" and not cuda:
             c = args.config = replace(c, n_layer=2, seq_len=256)
             args.batch, cut = 2, ", cut down for a CPU in layers, l and batch"
         print(f"\n{args.model}: width {c.n_embd}, V = {vocab_size:,}, layers {c.n_layer}, l = {c.seq_len}, "
               f"rows a step {args.batch}{cut}")
         shard = Path(TEMPORARY.name, f"{args.model}.bin")
-        data.write_shard(shard, (vocab_size ** np.random.default_rng(0).random(TOKENS)).astype(np.uint16))
+        write_shard(shard, (vocab_size ** np.random.default_rng(0).random(TOKENS)).astype(np.uint16))
         args.tokens = data.Stream([shard], vocab_size)
         for name in [args.only] if args.only else PARTS:
             if name != "loss" or args.only or args.model != "tiny":     # the loss has one shape, the large models'
@@ -96,7 +98,7 @@ def superposition(args):
 
 def loss(args):
     """The head and its loss, forward and backward: ours against what else computes it, in time and peak memory."""
-    rows, d, s = table_rows(args.config.vocab_size), args.config.n_embd, args.s
+    rows, d, s = -(-args.config.vocab_size // 64) * 64, args.config.n_embd, args.s
     n = args.batch * args.config.seq_len                                # timed; too few on a CPU to show the memory
     most = 4 * n if args.device == "cpu" else n
     x = torch.randn(most, d, device=args.device, requires_grad=True)
@@ -113,7 +115,7 @@ def loss(args):
         "the paper's listing": lambda x, y: listing(F.cross_entropy, z(x), y),
         "PatchTrain's": lambda x, y: listing(F.nll_loss, z(x).log_softmax(-1), y),
         "multi_hot_cross_entropy": lambda x, y: multi_hot_cross_entropy(z(x), y),
-        "ChunkedHeadLoss": lambda x, y: ChunkedHeadLoss.apply(x, head, y, weights, True)}
+        "ChunkedHeadLoss": lambda x, y: ChunkedHeadLoss.apply(x, head, y, weights, True, normalise)}
 
     def forward_backward(f, n):
         with args.autocast():
@@ -142,7 +144,7 @@ def llama(args):
     except ImportError:
         return print("  llama: skipped, pip install transformers")
     c = args.config
-    config = LlamaConfig(vocab_size=table_rows(c.vocab_size), hidden_size=c.n_embd, intermediate_size=c.n_hidden,
+    config = LlamaConfig(vocab_size=-(-c.vocab_size // 64) * 64, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
                          num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
                          max_position_embeddings=c.seq_len, tie_word_embeddings=False, use_cache=False)
     for kind in args.kinds:

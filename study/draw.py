@@ -12,7 +12,7 @@ from run import EXPERIMENTS, HERE, baseline, finished, folder, log
 
 from model import load_checkpoint
 
-COLOURS = {"--s 1": "tab:grey", "--s 6 --r 0.2": "tab:blue", "--s 8,4,2 --r 0.05,0.05,0.05": "tab:orange"}
+COLOURS = {"--s 1": "tab:grey", "--s 6 --r 0.2": "tab:blue", "--s 8,4,2 --r 0.15": "tab:orange"}
 SIZES = {96: ("tiny", "-o"), 32: ("small model", "--s")}
 
 

@@ -63,7 +63,7 @@ def main():
         shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.pt"), dirs_exist_ok=True)
         train_tst.open_log(out / "metrics.jsonl", keep=checkpoint["step"]).close()      # or it would pass for finished
         torch.save(checkpoint, out / "ckpt.pt")
-    train_tst.main(["--resume", str(out), "--out", str(out)])
+    train_tst.main([*flags, "--out", str(out), "--resume"])
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def both(**flags):
 
 FIVE = [None, 1, 2, 3, 4]               # seeds; what is at tiny's default is left out, so that no run is made twice
 THREE = FIVE[:3]
-SHRINKING = dict(s="8,4,2", r="0.05,0.05,0.05")
+SHRINKING = dict(s="8,4,2", r=0.15)
 NARROW, SMALL = dict(n_embd=64, n_hidden=128, steps=5000), dict(n_embd=32, n_hidden=64)
 EXPERIMENTS = {
     "blocks": both(seed=THREE),         # with batches of shuffled blocks; the rows of the others are older
@@ -55,7 +55,7 @@ EXPERIMENTS = {
     + grid(**SHRINKING, seed=FIVE) + grid(**SHRINKING, steps=1000, seed=THREE) + grid(**SHRINKING, steps=[2000, 7000])
     + both(**SMALL, steps=[1000, 2000, 4000, 8000]) + grid(**SHRINKING, **SMALL, steps=[1000, 2000, 4000, 8000]),
     "r": both(seed=THREE) + grid(s=6, r=[0.1, 0.3], seed=THREE) + grid(s=6, r=0.15, seed=[None, 1])
-    + grid(**SHRINKING, seed=THREE) + grid(s="8,4", r="0.05,0.05") + grid(s="8,4,2", r="0.1,0.05,0.05", seed=1),
+    + grid(**SHRINKING, seed=THREE) + grid(s="8,4", r=0.1) + grid(s="8,8,4,2", r=0.2, seed=1),
     "lr": both(lr=[None, 1.5e-3, 6e-3]),                                        # fair ground: best against best
     "decay": both(decay_frac=[None, 0.2, 0.6]),
     "init": grid(s=1, init_std=[None, 0.02], seed=THREE),
@@ -65,7 +65,7 @@ EXPERIMENTS = {
     + grid(edit="tables", s=[6, 16], r=0.2),
     "transitions": both() + grid(edit=["moments", "scale", "rewarm"], s=6, r=0.2) + grid(**SHRINKING)
     + grid(**SHRINKING, weighting="power") + grid(**SHRINKING, s_in="8,1,1")
-    + grid(s="8,2,6,3,4,8,2,6,3,4", r=",".join(10 * ["0.015"])) + grid(s="6,1,6,1,6,1,6", r=",".join(7 * ["0.03"])),
+    + grid(s="8,2,6,3,4,8,2,6,3,4", r=0.15) + grid(s="6,1,6,1,6,1,6", r=0.21),
     "grid": grid(s=1, steps=2000) + grid(s=[2, 3, 4, 6, 8, 12, 16], r=[0.1, 0.2, 0.3, 0.5], steps=2000),
 }
 
@@ -104,7 +104,7 @@ def train(flags):
     if not finished(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{out}.txt", "a") as output:
-            more = [] if "--edit" in flags else ["--out", str(out), "--resume", "auto", "--eval-every", "250"]
+            more = [] if "--edit" in flags else ["--out", str(out), "--resume", "--eval-every", "250"]
             subprocess.run([sys.executable, script(flags), *flags.split(), *more], stdout=output, stderr=output,
                            cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return finished(out)
@@ -120,15 +120,15 @@ def test_loss(args, out):
     model, _ = load_model(out)
     files = sorted((HERE.parent / args["data"]).glob("*test*.bin"))
     tokens = data.Stream(files, model.config.vocab_size)
-    evaluate = train_tst.validation(tokens, argparse.Namespace(**args), None, torch.device("cpu"))
-    return evaluate(model, contextlib.nullcontext())[0]
+    args, cpu = argparse.Namespace(**args), torch.device("cpu")
+    return train_tst.evaluate(model, tokens, None, args, cpu, contextlib.nullcontext())[0]
 
 
 def row(experiment, flags, args, last, test):
     # 2 bytes a token, after a header of 1,024
     train_tokens = sum(path.stat().st_size // 2 - 512 for path in (HERE.parent / args["data"]).glob("*train*.bin"))
-    from train_tst import joined
-    bags = {name: joined(args[name]) for name in ("s", "r")}
+    from train_tst import as_text
+    bags = {name: as_text(args[name]) for name in ("s", "r")}
     known = {**args, **last, **bags, "experiment": experiment, "command": f"python {script(flags)} {flags}",
              "epochs": f"{last['tokens'] / train_tokens:.2f}", "test_loss": f"{test:.4f}" if test else "",
              "seconds": f"{last['seconds']:.0f}", "lr": f"{args['lr']:g}"}

@@ -1,7 +1,7 @@
 """What a run will take, before it is paid for: FLOPs, tokens, memory per device, time. Nothing is trained.
 
-    python study/plan.py --model 3b --fsdp --devices 8 --gpu h100 --mfu 0.4     # and any flag of train_tst.py
-    python study/plan.py --paper            # the utilisations behind the paper's B200-hours
+    python tools/plan.py --model 3b --fsdp --devices 8 --gpu h100 --mfu 0.4     # and any flag of train_tst.py
+    python tools/plan.py --paper            # the utilisations behind the paper's B200-hours
 
 A micro-batch's memory is measured: the model runs on fake tensors, which have shapes and no storage, and
 `LiveBytes` adds up what is alive. With --compile, the default on a GPU, torch.compile itself picks what the
@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train_tst
-from model import GPT, PRESETS
-from train_tst import PEAK_FLOPS, SHAPE_FLAGS, number
+from model import GPT, PRESETS, Config
+from tools.corpus import SHARD_TOKENS, VOCAB_SIZE
+from train_tst import PEAK_FLOPS, SHAPE
 
 # B200-hours of 20,000 steps, and the trunk where it is narrower than the preset of that name.
 PAPER = {"270m": (34, dict(n_embd=576, n_head=9, n_kv_head=3, n_hidden=1536)),
@@ -37,8 +38,7 @@ ECHOED = ("devices", "gpu", "mfu", "micro_batch_size", "dtype", "compile", "voca
 
 def plan(args):
     """All of it as a dict, in FLOPs, tokens, bytes and hours (None where no peak is known). args are `parse`'s."""
-    shape = {name: getattr(args, name) for name in (*SHAPE_FLAGS, "vocab_size", "seq_len")}
-    config = replace(PRESETS[args.model], **shape)
+    config = Config(**{name: getattr(args, name) for name in (*SHAPE, "vocab_size")})
     with torch.device("meta"):
         model = GPT(config)
     parameters = sum(p.numel() for p in model.parameters())
@@ -47,11 +47,8 @@ def plan(args):
     phases = train_tst.bag_phases(args)
     tokens = [sum(steps * s_in for steps, s_in, _ in part) * positions for part in (phases[:-1], phases[-1:])]
 
-    model_flops, again = model.flops_per_token() * positions, 0
-    if args.checkpoint_activations:         # blocks run forward again, up to their last product, whose inputs will do
-        products = 2 * (blocks - config.n_layer * config.n_embd * config.n_hidden)
-        again = (products + 4 * config.n_layer * config.n_embd * args.seq_len) * positions
-    flops = (model_flops + again) * args.steps
+    step_flops = model.flops_per_token() * positions
+    flops = step_flops * args.steps
     known = args.device.startswith("cuda") and args.dtype == "bfloat16"
     gpu_hours = flops / (PEAK_FLOPS[args.gpu] * args.mfu) / 3600 if known else None
 
@@ -64,9 +61,9 @@ def plan(args):
         activations -= 2 * blocks if size == 2 else 0
     memory = {"weights": stored // shards, "gradients": stored // shards, "optimizer": 2 * stored // shards,
               "gathered": gathered, "activations": activations}
-    return {"parameters": parameters, "model_flops_per_step": model_flops, "flops_per_step": model_flops + again,
+    return {"parameters": parameters, "model_flops_per_step": step_flops,
             "flops": flops, "superposition_tokens": tokens[0], "recovery_tokens": tokens[1],
-            "shards": math.ceil(sum(tokens) / data.SHARD_TOKENS),
+            "shards": math.ceil(sum(tokens) / SHARD_TOKENS),
             "memory_per_device": {**memory, "total": sum(memory.values())}, "checkpoint_bytes": 3 * stored,
             "hours": gpu_hours and gpu_hours / args.devices, "gpu_hours": gpu_hours,
             **{name: getattr(args, name) for name in ECHOED}}
@@ -76,9 +73,8 @@ def micro_batch_bytes(config, args, bag):
     """Peak of weights, gradients and a micro-batch of bags (s_in, s_out), forward and backward, on one device."""
     with FakeTensorMode(), LiveBytes() as live:
         model = GPT(config)
-        model.checkpoint_activations = args.checkpoint_activations
         for block in model.blocks:
-            if args.compile and not args.checkpoint_activations:        # saves what the default backend would
+            if args.compile:                    # saves what the default backend would
                 block.compile(backend="aot_eager_decomp_partition", dynamic=False)
         rows = torch.zeros(args.micro_batch_size, args.seq_len * bag[0] + bag[1], dtype=torch.int64)
         for _ in range(2):                  # the first makes the gradients, and compiles
@@ -129,32 +125,30 @@ def paper():
 
 
 def parse(argv=None):
-    """The training script's flags and the plan's own, defaults filled in for a GPU. SystemExit(2) on bad input."""
-    parser = train_tst.make_parser()
-    parser.description = __doc__
-    parser.add_argument("--devices", type=number(int, 1), default=1, help="processes, one a GPU (default: 1)")
-    parser.add_argument("--gpu", type=str.upper, choices=PEAK_FLOPS, default="H100", help="(default: H100)")
-    parser.add_argument("--mfu", type=number(float, 1e-3, 1), default=0.4,
-                        help="utilisation of its peak, recomputed FLOPs included (default: 0.4)")
-    parser.add_argument("--vocab-size", type=number(int, 1), help="(default: that of --data, or GPT-2's)")
-    parser.add_argument("--json", action="store_true", default=False, help="print one object, memory in bytes")
-    parser.add_argument("--paper", action="store_true", default=False,
-                        help="print the utilisations behind the paper's hours")
-    given = vars(parser.parse_known_args(argv)[0])
-    if "resume" in given:
-        data.fail(f"--resume {given['resume']}: a plan is of a whole run; leave it out, and give that run's flags")
-    given = {"device": "cuda", **({"data": "data/fineweb"} if given.get("model", "tiny") != "tiny" else {}), **given}
-    given = {"dtype": "bfloat16" if given["device"].startswith("cuda") else "float32", **given}
-    parser.set_defaults(**{name: train_tst.joined(value) for name, value in train_tst.default_flags(given).items()})
-    parser.add_argument("-h", "--help", action="help", help="show this message: the defaults are those of --model")
-    args = parser.parse_args(argv)
-    meta, builtin = Path(args.data) / "meta.json", Path(args.data) == data.PYTHON_CORPUS        # there now, or to come
-    if "vocab_size" not in given:
-        args.vocab_size = (data.read_json(meta, tokenizer=str, vocab_size=int)["vocab_size"] if meta.exists()
-                           else data.VOCAB_SIZE if builtin else data.GPT2["vocab_size"])
-    train_tst.WORLD = args.devices                                      # as torchrun would
-    device = "cpu" if args.device.startswith(("cuda", "mps")) else args.device          # none need be on this machine
-    train_tst.check(argparse.Namespace(**{**vars(args), "device": device}), taken=False)
+    """The training script's flags and the plan's own, defaults filled in for a GPU."""
+    ours = argparse.ArgumentParser(
+        description=__doc__ + "\nand every flag of train_tst.py: python train_tst.py --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ours.error = data.fail
+    ours.add_argument("--devices", type=int, default=1, help="processes, one a GPU (default: 1)")
+    ours.add_argument("--gpu", type=str.upper, choices=PEAK_FLOPS, default="H100",
+                      help="(default: H100)")
+    ours.add_argument("--mfu", type=float, default=0.4, help="utilisation of its peak (default: 0.4)")
+    ours.add_argument("--vocab-size", type=int, help="(default: that of --data, or GPT-2's)")
+    ours.add_argument("--json", action="store_true", help="print one object, memory in bytes")
+    ours.add_argument("--paper", action="store_true",
+                      help="print the utilisations behind the paper's hours")
+    plan_args, rest = ours.parse_known_args(argv)
+    if plan_args.devices < 1 or not 0 < plan_args.mfu <= 1:
+        data.fail("--devices is a number from 1 on, --mfu a fraction of 1")
+    train_tst.WORLD = plan_args.devices                                 # as torchrun would
+    args = train_tst.parse(["--device", "cuda", "--dtype", "bfloat16", *rest])
+    for name, value in vars(plan_args).items():
+        setattr(args, name, value)
+    meta = Path(args.data) / "meta.json"                                # there now, or to come
+    if args.vocab_size is None:
+        builtin = VOCAB_SIZE if args.data == "data/python" else data.GPT2["vocab_size"]
+        args.vocab_size = data.read_json(meta, "vocab_size")["vocab_size"] if meta.exists() else builtin
     args.micro_batch_size = train_tst.micro_batch_size(args)
     return args
 

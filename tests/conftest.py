@@ -1,0 +1,50 @@
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import pytest
+import torch
+
+VOCAB = 300
+
+
+@pytest.fixture(autouse=True)
+def same_everywhere():
+    torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():    # a run takes them over
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of shards: 60,000 training tokens in three files, 3,000 of validation."""
+    from tools.corpus import PATTERN, byte_pair_encoding, write_shard
+    from data import save_encoding
+    folder = tmp_path_factory.mktemp("corpus")
+    tokens = np.random.default_rng(0).integers(0, VOCAB // 3, 63_000).astype(np.uint16)
+    tokens[1::2] = tokens[::2] * 2 + 7                          # half of them can be learnt
+    for k in range(3):
+        write_shard(folder / f"x_train_{k}.bin", tokens[20_000 * k:20_000 * (k + 1)])
+    write_shard(folder / "x_val_0.bin", tokens[60_000:])
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks.update({bytes([97 + i // 9, 97 + i % 9]): 256 + i for i in range(VOCAB - 257)})
+    save_encoding(byte_pair_encoding("mine", PATTERN, ranks), folder)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "mine", "vocab_size": VOCAB}))
+    return folder
+
+
+@pytest.fixture
+def flags(corpus):
+    """Of a run of 12 steps, 6 of them on bags of 3, in a second."""
+    return ("--model tiny --device cpu --n-layer 2 --n-embd 32 --n-head 4 --n-kv-head 2 "
+            "--n-hidden 48 --seq-len 16 --batch-size 8 --steps 12 --s 3 --r 0.5 --eval-every 4 "
+            f"--data {corpus}").split()
