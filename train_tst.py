@@ -77,6 +77,8 @@ def main(argv=None):
         micro = micro_batch_size(args)
         remedy = f"--micro-batch-size {micro // 2}" if micro > 1 else "--fsdp, or a lower --seq-len"
         fail(f"--micro-batch-size {micro} does not fit on the device: try {remedy}", anywhere=True)
+    if dist.is_initialized():           # not in a `finally`, where it waits for ranks that have ended,
+        dist.destroy_process_group()    # nor in `train`, where DDP is still there and may wait for it
 
 
 def train(args, argv=None):
@@ -241,8 +243,6 @@ def train(args, argv=None):
         say(f"stopped after step {done:,}; the same command with --resume goes on")
     else:
         say_what_next(args, argv, entry, time.time() - started, switch, say)
-    if WORLD > 1:                       # not in a `finally`: it waits for ranks that may have ended
-        dist.destroy_process_group()
 
 
 def make_parser():
