@@ -248,29 +248,26 @@ def load_checkpoint(path, mmap=False):
     if not file.is_file():
         fail(f"{path}: no checkpoint there; name a run's folder, such as runs/tiny-s6-r0.2-seed0")
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        checkpoint["config"], checkpoint["model"], checkpoint["optimizer"], checkpoint["args"]
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:          # pickle, zip files and torch raise all kinds
         fail(f"{file}: not a whole checkpoint of train_tst.py ({type(error).__name__}); use "
              "another, such as the run's ckpt_switch.pt")
-    return checkpoint
 
 
 def load_model(path, device="cpu"):
     """The trained GPT and its tiktoken.Encoding (or None), of a run's folder or a checkpoint."""
-    checkpoint = load_checkpoint(path, mmap=True)
+    checkpoint, path = load_checkpoint(path, mmap=True), Path(path)
     with torch.device(device):
         model = GPT(Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = path if path.is_dir() else path.parent
     return model.eval(), data.load_encoding(folder, checkpoint["data"]["tokenizer"])
 
 
 def best_device():
-    """The name of the best kind of device here: "cuda", "mps" or "cpu"."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """The name of the best kind of device here, which it does not touch: every rank asks."""
+    other = "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else other
 
 
 def find_device(name=None):

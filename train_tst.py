@@ -106,11 +106,11 @@ def train(args, argv=None):
     elif not args.resume and ((out / "ckpt.pt").exists() or (out / "metrics.jsonl").exists()):
         fail(f"--out {out} holds a run: add --resume to go on with it, or name another --out")
     if WORLD > 1:
-        ends = torch.tensor([start, -start])
-        dist.all_reduce(ends, op=dist.ReduceOp.MIN)
-        if ends[0] != -ends[1]:         # each on a disk of its own
-            fail(f"the processes found checkpoints of steps {ends[0]} to {-ends[1]} in {out}: give "
-                 "them one --out on a disk that they share")
+        starts = [start] * WORLD
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:        # each has a disk of its own
+            fail(f"--out {out}: the processes found checkpoints of steps {sorted(set(starts))} "
+                 "there; name a folder on a disk that they share")
     if start >= args.steps:
         return say(f"{out} is complete, all {args.steps:,} steps: nothing to do")
 
@@ -165,15 +165,15 @@ def train(args, argv=None):
 
     # Log
     describe(args, model, device, compiled, train_tokens, batches, phases, start, say)
-    log = None
-    if RANK == 0:
-        make_folder(out, args, meta, encoding)
-        log = open_log(out / "metrics.jsonl", keep=start)
+    log = open_folder(out, args, meta, encoding, keep=start) if RANK == 0 else None
     positions = args.batch_size * args.seq_len                  # that the trunk sees in a step
     tokens = positions * sum(s_in for s_in, _ in sizes[:start])
     flops, peak = model.flops_per_token() * positions / WORLD, peak_flops(device, args.dtype)
     bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True)
-    stop, begun, last_save = StopRequest(), time.time(), f"step {start:,}" if checkpoint else "none"
+    stop = []                           # holds something after Ctrl-C or SIGTERM
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(number))
+    begun, last_save = time.time(), f"step {start:,}" if checkpoint else "none"
     say(HEADING)
 
     for step in range(start, args.steps):
@@ -204,7 +204,7 @@ def train(args, argv=None):
         optimizer.zero_grad()
 
         # Log, evaluate, save. The numbers are read once a step, the only wait for the device
-        report = torch.stack((loss, torch.full_like(loss, stop.asked)))
+        report = torch.stack((loss, torch.full_like(loss, len(stop))))
         if WORLD > 1:
             dist.all_reduce(report)                             # all ranks stop after the same step
         mean_loss, stops = (report / WORLD).tolist()
@@ -242,7 +242,7 @@ def train(args, argv=None):
     if done < args.steps:
         say(f"stopped after step {done:,}; the same command with --resume goes on")
     else:
-        say_what_next(args, argv, entry, time.time() - started, switch, say)
+        say_what_next(args, argv, entry, time.time() - started, say)
 
 
 def make_parser():
@@ -331,21 +331,23 @@ def check(args):
         low = 0 if name in ("seed", "warmup_steps") else 1
         if type(value) is int and value < low or type(value) is float and not 0 <= value < math.inf:
             fail(f"{as_flag(name)} {value}: give a number from {low} on")
-    if args.r > 1:
-        fail(f"--r {args.r}: give a fraction of the steps, from 0 to 1")
-    if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
-        fail(f"--n-head {args.n_head} does not cut --n-embd {args.n_embd} into heads of even width")
-    if args.n_head % args.n_kv_head:
-        fail(f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}")
-    if args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size} does not divide by the {WORLD} processes")
-    if len(args.s_in) != len(args.s_out):
-        fail(f"--s-in {as_text(args.s_in)} and --s-out {as_text(args.s_out)}: give as many of each")
-    if args.warmup_steps + round(args.decay_frac * args.steps) > args.steps:
-        fail(f"--warmup-steps {args.warmup_steps} and --decay-frac {args.decay_frac} are together "
-             f"longer than --steps {args.steps}")
-    if WORLD > 1 and args.device.startswith("cuda:"):
-        fail(f"--device {args.device} puts all {WORLD} processes on one GPU: say --device cuda")
+    for wrong, message in (
+            (args.r > 1, f"--r {args.r}: give a fraction of the steps, from 0 to 1"),
+            (args.n_embd % args.n_head or args.n_embd // args.n_head % 2,
+             f"--n-head {args.n_head} does not cut --n-embd {args.n_embd} into heads of even width"),
+            (args.n_head % args.n_kv_head,
+             f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}"),
+            (args.batch_size % WORLD,
+             f"--batch-size {args.batch_size} does not divide by the {WORLD} processes"),
+            (len(args.s_in) != len(args.s_out),
+             f"--s-in {as_text(args.s_in)}, --s-out {as_text(args.s_out)}: give as many of each"),
+            (args.warmup_steps + round(args.decay_frac * args.steps) > args.steps,
+             f"--warmup-steps {args.warmup_steps} and --decay-frac {args.decay_frac} are together "
+             f"longer than --steps {args.steps}"),
+            (WORLD > 1 and args.device.startswith("cuda:"),
+             f"--device {args.device} puts all {WORLD} processes on one GPU: say --device cuda")):
+        if wrong:
+            fail(message)
 
 
 def check_same_run(args, stored):
@@ -392,18 +394,14 @@ def learning_rate(args, step):
 
 
 def compiler_works(device, say):
-    """Whether torch.compile does on every rank, tried on two lines."""
-    works, why = 1, "not on another rank"
+    """Whether torch.compile does here, tried on a line."""
     try:
         torch.compile(lambda x: (x * 2).sum())(torch.ones(8, device=device))
+        return True
     except Exception as error:          # no compiler, header or driver: each raises its own kind
-        works, why = 0, f"{type(error).__name__}: {error}".splitlines()[0]
-    works = torch.tensor(works)
-    if WORLD > 1:
-        dist.all_reduce(works, op=dist.ReduceOp.MIN)
-    if not works:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
         say(f"torch.compile does not work here, so this run is eager ({why})")
-    return bool(works)
+        return False
 
 
 @torch.no_grad()
@@ -437,22 +435,21 @@ def evaluate(model, tokens, encoding, args, device, autocast):
     return nats / (n * l), nats / size / math.log(2) if size else None
 
 
-def make_folder(out, args, meta, encoding):
-    """Create the run's folder with all that sampling needs beside the checkpoint."""
+def open_folder(out, args, meta, encoding, keep):
+    """Make the run's folder, with what sampling needs beside the checkpoint. -> its log, open.
+
+    The log, a line a step, is cut to the first `keep` steps: those after the checkpoint come again.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     (out / "meta.json").write_text(json.dumps(meta, indent=1))
     if encoding:
         data.save_encoding(encoding, out)
-
-
-def open_log(path, keep):
-    """Open metrics.jsonl to append, a write a line, cut to its first `keep` lines (one a step)."""
-    lines = path.read_bytes().splitlines(keepends=True)[:keep] if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(lines))
-    os.replace(temporary, path)
-    return open(path, "ab", buffering=0)
+    path = out / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    path.with_suffix(".tmp").write_bytes(b"".join(lines[:keep]))
+    os.replace(path.with_suffix(".tmp"), path)
+    return open(path, "ab", buffering=0)                        # a write a line
 
 
 def save(model, optimizer, args, meta, entry, out, at_switch, last_save):
@@ -482,21 +479,6 @@ def save(model, optimizer, args, meta, entry, out, at_switch, last_save):
         reason = str(error).splitlines()[0]
         fail(f"{out}/ckpt.pt cannot be written ({reason}); last checkpoint: {last_save}; make "
              "room, then the same command with --resume")
-
-
-class StopRequest:
-    """`asked` is True after Ctrl-C or SIGTERM; another over 5 s later ends the process at once."""
-
-    def __init__(self):
-        self.asked, self.time = False, 0.0
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
-
-    def __call__(self, number, frame):
-        if self.asked and time.time() - self.time > 5:      # launchers may send several for one
-            raise SystemExit(128 + number)
-        if not self.asked:
-            self.asked, self.time = True, time.time()
 
 
 def peak_flops(device, dtype):
@@ -535,20 +517,19 @@ def table_row(entry, left):
             f"{str(timedelta(seconds=round(left))):>9}")
 
 
-def say_what_next(args, argv, entry, seconds, switch, say):
+def say_what_next(args, argv, entry, seconds, say):
     """Where the run is, and three commands: the run to compare it with, a picture, a sample."""
-    bits = f", {entry['val_bpb']:.4f} bits per byte" if entry["val_bpb"] else ""
+    tst = max(args.s_in + args.s_out) > 1
     method = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--s", "--r", "--s-in", "--s-out", "--weighting", "--out"):
         method.add_argument(flag)
-    method.add_argument("--resume", action="store_true")
-    words = [*(["--s", "1"] if switch else []), *method.parse_known_args(argv)[1]]
-    say(f"\n{args.out}: validation loss {entry['val_loss']:.4f} nats per token{bits}, after "
+    others = [word for word in method.parse_known_args(argv)[1] if word != "--resume"]
+    words = [*(["--s", "1"] if tst else []), *others]
+    say(f"\n{args.out}: validation loss {entry['val_loss']:.4f} nats per token, after "
         f"{entry['tokens']:,} tokens in {seconds:.0f} s")
-    say(f"{'the baseline' if switch else 'TST'}, to compare: python train_tst.py "
-        f"{shlex.join(words)}")
-    say(f"then both in one picture: python tools/plot.py {args.out} {parse(words).out}")
-    say(f"text from this one: python tools/sample.py {args.out} --prompt 'import '")
+    say(f"{'baseline' if tst else 'TST'}   python train_tst.py {shlex.join(words)}")
+    say(f"picture    python tools/plot.py {args.out} {parse(words).out}")
+    say(f"sample     python tools/sample.py {args.out} --prompt 'import '")
 
 
 def as_flag(name):
