@@ -156,7 +156,7 @@ def load(folder):
     downloaded and cannot be. SystemExit(2) on what is missing or damaged.
     """
     folder, path = Path(folder), Path(folder, "meta.json")
-    meta = read_json(path, "tokenizer", "vocab_size") if path.exists() else dict(GPT2)
+    meta = json.loads(path.read_text()) if path.exists() else dict(GPT2)
     streams = []
     for split in ("train", "val"):
         files = sorted(folder.glob(f"*{split}*.bin"))
@@ -170,19 +170,7 @@ def load(folder):
                 shard = stream.shard(file)
                 content.update(f"{file.name} {len(shard)} ".encode() + shard[:4096].tobytes())
         meta["hash"] = content.hexdigest()
-    encoding = load_encoding(folder, meta["tokenizer"])
-    if encoding and encoding.n_vocab != meta["vocab_size"]:
-        fail(f"{path}: vocab_size {meta['vocab_size']} is not its tokenizer's {encoding.n_vocab}")
-    return *streams, meta, encoding
-
-
-def save_encoding(encoding, folder):
-    """Write a tiktoken.Encoding whole, so that the folder needs no other file and no network."""
-    ranks = encoding._mergeable_ranks.items()
-    (folder / "encoding.json").write_text(json.dumps({
-        "name": encoding.name, "pat_str": encoding._pat_str,
-        "mergeable_ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
-        "special_tokens": encoding._special_tokens}))
+    return *streams, meta, load_encoding(folder, meta["tokenizer"])
 
 
 def load_encoding(folder, name):
@@ -193,21 +181,10 @@ def load_encoding(folder, name):
             return tiktoken.get_encoding(name)
         except Exception:               # whatever the network raises: training can do without
             return None
-    stored = read_json(path, "name", "pat_str", "mergeable_ranks", "special_tokens")
+    stored = json.loads(path.read_text())
     ranks = {base64.b64decode(token): rank for token, rank in stored["mergeable_ranks"].items()}
     return tiktoken.Encoding(stored["name"], pat_str=stored["pat_str"], mergeable_ranks=ranks,
                              special_tokens=stored["special_tokens"])
-
-
-def read_json(path, *fields):
-    """The object in a JSON file, which must have those fields."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if set(fields) <= set(found):
-            return found
-    except (OSError, ValueError, TypeError):
-        pass
-    fail(f"{path}: not a JSON object with the fields {', '.join(fields)}; make its folder again")
 
 
 def fail(message, status=2, anywhere=False):

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
 from data import fail
 
 
@@ -252,29 +251,3 @@ def load_checkpoint(path, mmap=False):
     except Exception as error:          # pickle, zip files and torch raise all kinds
         fail(f"{file}: not a whole checkpoint of train_tst.py ({type(error).__name__}); use "
              "another, such as the run's ckpt_switch.pt")
-
-
-def load_model(path, device="cpu"):
-    """The trained GPT and its tiktoken.Encoding (or None), of a run's folder or a checkpoint."""
-    checkpoint, path = load_checkpoint(path, mmap=True), Path(path)
-    with torch.device(device):
-        model = GPT(Config(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    folder = path if path.is_dir() else path.parent
-    return model.eval(), data.load_encoding(folder, checkpoint["data"]["tokenizer"])
-
-
-def best_device():
-    """The name of the best kind of device here, which it does not touch: every rank asks."""
-    other = "mps" if torch.backends.mps.is_available() else "cpu"
-    return "cuda" if torch.cuda.is_available() else other
-
-
-def find_device(name=None):
-    """The torch.device of that name, by default the best here. SystemExit(2) if it is not here."""
-    name = name or best_device()
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception:                   # torch raises a different one for each way to be missing
-        fail(f"--device {name} is not on this machine: leave it out to take what is", anywhere=True)
-    return torch.device(name)

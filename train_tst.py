@@ -35,8 +35,7 @@ from tqdm import tqdm
 
 import data
 from data import fail
-from model import (GPT, PRESETS, Config, bag_weights, best_device, find_device,
-                   load_checkpoint)
+from model import GPT, PRESETS, Config, bag_weights, load_checkpoint
 
 # What each preset of model.py trains with where no flag says otherwise.
 FINEWEB = dict(data="data/fineweb", s=[6], r=0.3, steps=20_000, batch_size=512, warmup_steps=2000,
@@ -87,7 +86,7 @@ def train(args, argv=None):
     say = tqdm.write if RANK == 0 else lambda line: None
 
     # Device and ranks
-    device = own_device(args)
+    device = find_device(f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")              # TF32 for float32 products
@@ -165,10 +164,12 @@ def train(args, argv=None):
 
     # Log
     describe(args, model, device, compiled, train_tokens, batches, phases, start, say)
-    log = open_folder(out, args, meta, encoding, keep=start) if RANK == 0 else None
+    log = open_folder(out, args, meta, keep=start) if RANK == 0 else None
     positions = args.batch_size * args.seq_len                  # that the trunk sees in a step
     tokens = positions * sum(s_in for s_in, _ in sizes[:start])
-    flops, peak = model.flops_per_token() * positions / WORLD, peak_flops(device, args.dtype)
+    flops = model.flops_per_token() * positions / WORLD         # of a step, for this process
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in gpu), None)
     bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True)
     stop = []                           # holds something after Ctrl-C or SIGTERM
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -229,7 +230,7 @@ def train(args, argv=None):
             save(model, optimizer, args, meta, entry, out, done == switch, last_save)
             last_save = f"step {done:,}"
         rate = bar.format_dict["rate"] or 0.0                   # steps per second, smoothed
-        mfu = f" MFU {rate * flops / peak:.1%}" if peak else ""
+        mfu = f" MFU {rate * flops / peak:.1%}" if peak and args.dtype == "bfloat16" else ""
         bar.set_postfix_str(f"{entry['phase']} s={entry['s']} loss {mean_loss:.3f} "
                             f"{rate * positions * s_in:,.0f} tokens/s{mfu}", refresh=False)
         bar.update()
@@ -358,9 +359,19 @@ def check_same_run(args, stored):
                  f"{as_text(stored.get(name))}: give its flags, or another --out")
 
 
-def own_device(args):
-    """This process's torch.device: a GPU has an index, and under torchrun each its own."""
-    return find_device(f"cuda:{LOCAL_RANK}" if args.device == "cuda" else args.device)
+def best_device():
+    """The best kind of device here, by name. It touches none, since every rank asks."""
+    other = "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else other
+
+
+def find_device(name):
+    """The torch.device of that name. SystemExit(2) if it is not here."""
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception:                   # torch raises a different one for each way to be missing
+        fail(f"--device {name} is not on this machine: leave it out to take what is", anywhere=True)
+    return torch.device(name)
 
 
 def micro_batch_size(args):
@@ -435,7 +446,7 @@ def evaluate(model, tokens, encoding, args, device, autocast):
     return nats / (n * l), nats / size / math.log(2) if size else None
 
 
-def open_folder(out, args, meta, encoding, keep):
+def open_folder(out, args, meta, keep):
     """Make the run's folder, with what sampling needs beside the checkpoint. -> its log, open.
 
     The log, a line a step, is cut to the first `keep` steps: those after the checkpoint come again.
@@ -443,8 +454,9 @@ def open_folder(out, args, meta, encoding, keep):
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     (out / "meta.json").write_text(json.dumps(meta, indent=1))
-    if encoding:
-        data.save_encoding(encoding, out)
+    encoding = Path(args.data, "encoding.json")
+    if encoding.exists():
+        shutil.copy(encoding, out)
     path = out / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     path.with_suffix(".tmp").write_bytes(b"".join(lines[:keep]))
@@ -481,20 +493,14 @@ def save(model, optimizer, args, meta, entry, out, at_switch, last_save):
              "room, then the same command with --resume")
 
 
-def peak_flops(device, dtype):
-    """Dense bfloat16 FLOP/s of the GPU, or None."""
-    if device.type == "cuda" and dtype == "bfloat16":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
-
-
 def describe(args, model, device, compiled, tokens, batches, phases, start, say):
     """The block that a run starts with."""
-    fineweb = "with" if default_preset(args.device) == "270m" else "without"
-    why = f", default {fineweb} CUDA and data/fineweb" if args.model in ("tiny", "270m") else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     reads = args.batch_size * args.seq_len * sum(steps * s_in for steps, s_in, _ in phases)
-    say(f"model   {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters{why}")
+    default = default_preset(args.device)
+    why = " (the default with CUDA and data/fineweb)" if default == "270m" else " (the default here)"
+    say(f"model   {args.model}{why if args.model == default else ''}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters")
     say(f"device  {WORLD} x {name}, {args.dtype}, {'compiled' if compiled else 'eager'}")
     say(f"data    {args.data}: {len(tokens):,} training tokens, of which it reads {reads:,}")
     say(f"phases  {[phase for phase in phases if phase[0]]}: steps, s_in, s_out")

@@ -27,8 +27,7 @@ def same_everywhere():
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of shards: 60,000 training tokens in three files, 3,000 of validation."""
-    from tools.corpus import PATTERN, byte_pair_encoding, write_shard
-    from data import save_encoding
+    from tools.corpus import PATTERN, byte_pair_encoding, save_encoding, write_shard
     folder = tmp_path_factory.mktemp("corpus")
     tokens = np.random.default_rng(0).integers(0, VOCAB // 3, 63_000).astype(np.uint16)
     tokens[1::2] = tokens[::2] * 2 + 7                          # half of them can be learnt

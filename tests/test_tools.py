@@ -10,9 +10,9 @@ from conftest import ROOT
 
 import data
 import train_tst
-from model import load_model
 from tools import corpus as corpora
 from tools import export, fineweb, plan, plot, sample
+from tools.sample import load_model
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def build_python_corpus(folder=PYTHON_CORPUS, vocab_size=VOCAB_SIZE):
     stamps = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files]
     settings = json.dumps([vocab_size, BPE_SAMPLE, PATTERN, stamps])
     sources = sha256(settings.encode()).hexdigest()
-    if folder.exists() and data.read_json(folder / "meta.json", "sources")["sources"] == sources:
+    if folder.exists() and json.loads((folder / "meta.json").read_text()).get("sources") == sources:
         return
     print(f"building {folder} from {len(files):,} Python files of this machine, once", flush=True)
     split_by_text = {}                  # in the files' order, duplicates dropped
@@ -217,7 +217,7 @@ def write_corpus(folder, name, documents, encoding, **extra):
         if not (writers["train"].shards and writers["val"].shards):
             fail(f"{folder}: too few documents to train on some and hold some out; bring more, or "
                  "longer ones")
-        data.save_encoding(encoding, new)
+        save_encoding(encoding, new)
         digests = [sha256(data.read_shard(path)).hexdigest() for path in sorted(new.glob("*.bin"))]
         meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab,
                 "hash": sha256("".join(digests).encode()).hexdigest(), **extra}
@@ -229,6 +229,15 @@ def write_corpus(folder, name, documents, encoding, **extra):
         except OSError:                 # a second builder was quicker, with the same result
             if not folder.exists():
                 raise
+
+
+def save_encoding(encoding, folder):
+    """Write a tiktoken.Encoding whole, so that the folder needs no other file and no network."""
+    ranks = encoding._mergeable_ranks.items()
+    (folder / "encoding.json").write_text(json.dumps({
+        "name": encoding.name, "pat_str": encoding._pat_str,
+        "mergeable_ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
+        "special_tokens": encoding._special_tokens}))
 
 
 # Your own text

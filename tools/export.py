@@ -10,7 +10,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import END_OF_TEXT, fail
-from model import load_model
+from tools.sample import load_model
 
 
 def llama(model, end):

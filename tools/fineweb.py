@@ -33,7 +33,7 @@ def fetch(stem, shards, out):
     except ImportError:
         fail("downloads need one more package: pip install huggingface_hub")
     repo, meta = fineweb_repo(stem, shards), out / "meta.json"
-    if not meta.exists() or data.read_json(meta, "tokenizer").get("repo") != repo:
+    if not meta.exists() or json.loads(meta.read_text()).get("repo") != repo:
         if out.exists() and any(out.iterdir()):
             fail(f"--out {out} holds other data, and {repo} may repeat its documents; name another "
                  "folder")

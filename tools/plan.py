@@ -148,7 +148,7 @@ def parse(argv=None):
     meta = Path(args.data) / "meta.json"                                # there now, or to come
     if args.vocab_size is None:
         builtin = VOCAB_SIZE if args.data == "data/python" else data.GPT2["vocab_size"]
-        args.vocab_size = data.read_json(meta, "vocab_size")["vocab_size"] if meta.exists() else builtin
+        args.vocab_size = json.loads(meta.read_text())["vocab_size"] if meta.exists() else builtin
     args.micro_batch_size = train_tst.micro_batch_size(args)
     return args
 

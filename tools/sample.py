@@ -11,8 +11,19 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import fail
-from model import find_device, load_model
+from data import fail, load_encoding
+from model import GPT, Config, load_checkpoint
+from train_tst import best_device, find_device
+
+
+def load_model(path, device="cpu"):
+    """The trained GPT and its tiktoken.Encoding (or None), of a run's folder or a checkpoint."""
+    checkpoint, path = load_checkpoint(path), Path(path)
+    with torch.device(device):
+        model = GPT(Config(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    folder = path if path.is_dir() else path.parent
+    return model.eval(), load_encoding(folder, checkpoint["data"]["tokenizer"])
 
 
 @torch.no_grad()
@@ -56,7 +67,7 @@ def main(argv=None):
                              ("--n", args.n, 1)):
         if not value >= low:            # nan is not either
             fail(f"{flag} {value}: give a number from {low} on")
-    model, encoding = load_model(args.run, find_device(args.device))
+    model, encoding = load_model(args.run, find_device(args.device or best_device()))
     if encoding is None:
         fail(f"{args.run}: its tokenizer cannot be loaded here; tiktoken wants the network once, or "
              "TIKTOKEN_CACHE_DIR")
