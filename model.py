@@ -92,6 +92,8 @@ class GPT(nn.Module):
         V is vocab_size, padded; the padding is never a target. weights as `bag_weights`.
         """
         x = bag_average(self.embedding.weight, bags)                    # (B, l, d)
+        if torch.is_autocast_enabled(x.device.type):        # the residual stream too: half the traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
         for block in self.blocks:
             x = block(x, cos, sin)
