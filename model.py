@@ -166,8 +166,14 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-def RMSNorm(width):
-    return nn.RMSNorm(width, eps=1e-5)
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its gains, since a fused kernel wants one dtype; the stream may be bfloat16."""
+
+    def __init__(self, width):
+        super().__init__(width, eps=1e-5)
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
 
 
 def at_least_float32(x):
