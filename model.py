@@ -92,7 +92,7 @@ class GPT(nn.Module):
         V is vocab_size, padded; the padding is never a target. weights as `bag_weights`.
         """
         x = bag_average(self.embedding.weight, bags)                    # (B, l, d)
-        if torch.is_autocast_enabled(x.device.type):        # the residual stream too: half the traffic
+        if torch.is_autocast_enabled(x.device.type):    # the residual stream too: half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
         cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
         for block in self.blocks:
@@ -167,7 +167,7 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the dtype of its gains, since a fused kernel wants one dtype; the stream may be bfloat16."""
+    """In its gains' dtype, since a fused kernel wants one dtype and x may be bfloat16."""
 
     def __init__(self, width):
         super().__init__(width, eps=1e-5)

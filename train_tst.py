@@ -76,8 +76,8 @@ def main(argv=None):
         micro = micro_batch_size(args)
         remedy = f"--micro-batch-size {micro // 2}" if micro > 1 else "--fsdp, or a lower --seq-len"
         fail(f"--micro-batch-size {micro} does not fit on the device: try {remedy}", anywhere=True)
-    if dist.is_initialized():           # not in a `finally`, where it waits for ranks that have ended,
-        dist.destroy_process_group()    # nor in `train`, where DDP is still there and may wait for it
+    if dist.is_initialized():           # not in a `finally`, where it waits for ranks that ended,
+        dist.destroy_process_group()    # nor in `train`, where DDP is still there and may hang
 
 
 def train(args, argv=None):
@@ -335,7 +335,7 @@ def check(args):
     for wrong, message in (
             (args.r > 1, f"--r {args.r}: give a fraction of the steps, from 0 to 1"),
             (args.n_embd % args.n_head or args.n_embd // args.n_head % 2,
-             f"--n-head {args.n_head} does not cut --n-embd {args.n_embd} into heads of even width"),
+             f"--n-head {args.n_head} does not cut --n-embd {args.n_embd} into even widths"),
             (args.n_head % args.n_kv_head,
              f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}"),
             (args.batch_size % WORLD,
@@ -497,10 +497,10 @@ def describe(args, model, device, compiled, tokens, batches, phases, start, say)
     """The block that a run starts with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     reads = args.batch_size * args.seq_len * sum(steps * s_in for steps, s_in, _ in phases)
-    default = default_preset(args.device)
-    why = " (the default with CUDA and data/fineweb)" if default == "270m" else " (the default here)"
-    say(f"model   {args.model}{why if args.model == default else ''}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    n_parameters = sum(p.numel() for p in model.parameters())
+    found = "with" if default_preset(args.device) == "270m" else "without"
+    why = f", the default {found} CUDA and data/fineweb" if args.model in ("tiny", "270m") else ""
+    say(f"model   {args.model}, {n_parameters:,} parameters{why}")
     say(f"device  {WORLD} x {name}, {args.dtype}, {'compiled' if compiled else 'eager'}")
     say(f"data    {args.data}: {len(tokens):,} training tokens, of which it reads {reads:,}")
     say(f"phases  {[phase for phase in phases if phase[0]]}: steps, s_in, s_out")

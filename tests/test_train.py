@@ -72,7 +72,8 @@ def test_a_run_leaves_its_log_its_checkpoints_and_what_sampling_needs(run):
                      "ckpt_switch.pt"}
     for name, step in (("ckpt.pt", 12), ("ckpt_switch.pt", 6)):
         checkpoint = models.load_checkpoint(run / name)
-        assert set(checkpoint) == {"model", "optimizer", "step", "seconds", "args", "config", "data"}
+        assert set(checkpoint) == {"model", "optimizer", "step", "seconds", "args", "config",
+                                   "data"}
         assert checkpoint["step"] == step
 
 
@@ -80,7 +81,8 @@ def test_the_start_the_table_and_the_end_are_printed(flags, tmp_path, capsys):
     train_tst.main([*flags, "--out", str(tmp_path / "run")])
     printed = capsys.readouterr().out
     assert "[(6, 3, 3), (6, 1, 1)]: steps, s_in, s_out" in printed
-    rows = [line for line in printed.splitlines() if "superposition " in line or "recovery " in line]
+    rows = [line for line in printed.splitlines() if line.split()[1:2] in (["superposition"],
+                                                                           ["recovery"])]
     assert ["*" in row for row in rows] == [True, False, False]         # a multi-hot loss is marked
     assert "train_tst.py --s 1 --model tiny" in printed
     assert "python tools/plot.py" in printed and "python tools/sample.py" in printed

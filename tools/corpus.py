@@ -302,9 +302,9 @@ def read_documents(files, field):
 
 
 def parts(file):
-    """Yield an open text file in parts of DOCUMENT_CHARS characters, each to the end of its line."""
+    """Yield an open text file in parts of DOCUMENT_CHARS characters, each to its line's end."""
     while part := file.read(DOCUMENT_CHARS):
-        yield part + file.readline(DOCUMENT_CHARS)          # a limit, as a line may be the whole file
+        yield part + file.readline(DOCUMENT_CHARS)          # a line may be the whole file
 
 
 def json_texts(path, lines, field):
@@ -315,8 +315,8 @@ def json_texts(path, lines, field):
                 text = json.loads(line)[field]
                 yield text.encode(errors="replace").decode()    # half an emoji cannot be UTF-8
             except (ValueError, LookupError, TypeError, AttributeError):
-                fail(f"{path}:{number}: not a JSON object with text in its field {field!r}; mend it, "
-                     "or say --field")
+                fail(f"{path}:{number}: not a JSON object with text in its field {field!r}; mend "
+                     "it, or say --field")
 
 
 def choose_encoding(args, texts):
@@ -332,8 +332,8 @@ def choose_encoding(args, texts):
             ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
             return byte_pair_encoding(Path(name).stem, PATTERNS[args.pattern], ranks)
         except ValueError:
-            fail(f"--tokenizer {name}: not a tiktoken BPE file, which has a token in base64 and its "
-                 "rank a line")
+            fail(f"--tokenizer {name}: not a tiktoken BPE file, which has a token in base64 and "
+                 "its rank a line")
     encoding = data.load_encoding(args.out, name)
     if encoding is None:
         fail(f"--tokenizer {name}: tiktoken cannot load it; it knows "
@@ -345,7 +345,7 @@ def choose_encoding(args, texts):
 
 def main(argv=None):
     """Tokenize as argv says (default: the command line). SystemExit(2) on bad input."""
-    parser = argparse.ArgumentParser(description="Make a folder of token shards from your own text.",
+    parser = argparse.ArgumentParser(description="Make a folder of shards from your own text.",
                                      allow_abbrev=False)
     parser.error = fail
     parser.add_argument("paths", nargs="+", help="text files, .jsonl files, and folders of them")

@@ -67,7 +67,8 @@ def main(argv=None):
     try:
         fetch(stem, args.shards, out)
     except OSError as error:
-        fail(f"{error.filename or out}: {error.strerror or error}; mend that, or name another --out")
+        fail(f"{error.filename or out}: {error.strerror or error}; mend that, or name another "
+             "--out")
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on where this one stopped", status=130)
     print(f"{out} has {args.shards} training shards: python train_tst.py --data {out}")

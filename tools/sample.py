@@ -53,14 +53,14 @@ def main(argv=None):
     parser.error = fail
     parser.add_argument("run", help="a run's folder, or a checkpoint file in it")
     parser.add_argument("--prompt", default="", help="text to continue; - reads standard input")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens to add at most (default: 200)")
+    parser.add_argument("--tokens", type=int, default=200, help="to add at most (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, default=50,
                         help="sample among the k likeliest (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--n", type=int, default=1,
                         help="samples, a line of --- between them (default: 1)")
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first that is there)")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there)")
     args = parser.parse_args(argv)
     for flag, value, low in (("--tokens", args.tokens, 0), ("--temperature", args.temperature, 0),
                              ("--top-k", args.top_k, 1), ("--seed", args.seed, 0),
@@ -69,8 +69,8 @@ def main(argv=None):
             fail(f"{flag} {value}: give a number from {low} on")
     model, encoding = load_model(args.run, find_device(args.device or best_device()))
     if encoding is None:
-        fail(f"{args.run}: its tokenizer cannot be loaded here; tiktoken wants the network once, or "
-             "TIKTOKEN_CACHE_DIR")
+        fail(f"{args.run}: its tokenizer cannot be loaded here; tiktoken wants the network once, "
+             "or TIKTOKEN_CACHE_DIR")
     sys.stdout.reconfigure(errors="replace")        # a terminal may be ASCII
     prompt = args.prompt
     if prompt == "-":
