@@ -1,7 +1,7 @@
-"""What must survive the switch? Edit a finished run's ckpt_switch.pt and train the recovery phase again from there.
+"""What must survive the switch? Edit a finished run's ckpt_switch.pt and train on from there.
 
     python study/run.py ablations transitions                           # all of them, among others
-    python study/edit.py --edit tables --s 6 --r 0.2                    # one; run.py must have made --s 6 --r 0.2
+    python study/edit.py --edit tables --s 6 --r 0.2        # one; run.py must have made --s 6 --r 0.2
 
 --edit is one of
     tables    the embedding and the LM head drawn anew (the paper's ablation)
@@ -43,25 +43,33 @@ def scale(checkpoint, args):
     table, s = checkpoint["model"]["embedding.weight"], args["s_in"][-1]
     stream = data.load(HERE.parent / args["data"])[0]
     tokens = torch.from_numpy(stream.read(0, s * min(100_000, len(stream) // s)))
-    bags, singles = (model.bag_average(table, tokens.view(1, -1, size)).norm(dim=-1).mean() for size in (s, 1))
+    bags, singles = (model.bag_average(table, tokens.view(1, -1, size)).norm(dim=-1).mean()
+                     for size in (s, 1))
     table *= bags / singles
 
 
 def rewarm(checkpoint, args):
     schedule, switch = train_tst.learning_rate, checkpoint["step"]
-    train_tst.learning_rate = lambda args, step: schedule(args, step) * min(1, (step - switch + 1) / args.warmup_steps)
+
+    def learning_rate(args, step):
+        return schedule(args, step) * min(1, (step - switch + 1) / args.warmup_steps)
+
+    train_tst.learning_rate = learning_rate
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edit", required=True, choices=["tables", "moments", "scale", "rewarm"])
     args, flags = parser.parse_known_args()
     source, out = (folder(" ".join(words)) for words in (flags, sys.argv[1:]))
     checkpoint = model.load_checkpoint(source / "ckpt_switch.pt")
     globals()[args.edit](checkpoint, checkpoint["args"])
     if not (out / "ckpt.pt").exists():
-        shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.pt"), dirs_exist_ok=True)
-        train_tst.open_log(out / "metrics.jsonl", keep=checkpoint["step"]).close()      # or it would pass for finished
+        not_ours = shutil.ignore_patterns("*.pt", "split.json", "commit.txt")
+        shutil.copytree(source, out, ignore=not_ours, dirs_exist_ok=True)
+        log = train_tst.open_log(out / "metrics.jsonl", keep=checkpoint["step"])
+        log.close()                     # or it would pass for finished
         torch.save(checkpoint, out / "ckpt.pt")
     train_tst.main([*flags, "--out", str(out), "--resume"])
 

@@ -1,11 +1,15 @@
-"""Run named experiments, two runs at a time with one core each, into study/results.csv, one row a run.
+"""Run named experiments, two runs at a time with one core each, into study/results.csv.
 
     python study/run.py                         # the experiments and how much of each is done
-    python study/run.py seeds lr                # run them; what is done is skipped, what stopped goes on
-    python study/run.py seeds --test            # and look at the test split, once, for the final table
+    python study/run.py seeds lr                # run them; what is done is skipped, what stopped
+                                                # goes on; a row a run
+    python study/run.py seeds --test            # and look at the test split, once, at the end
 
-A run's folder is runs/study/ and its flags. The same run in two experiments is made once
-and has a row in each.
+A run's folder is runs/study/ and its flags. The same run in two experiments is made once and has
+a row in each. Of baselines that differ in --steps alone only the longest is trained from its
+start, and the others branch off where their decay begins (study/branch.py). `commit` is that of
+the code which trained a run, with a + if it was changed; rows without one, and without a
+data_hash, are older than these columns, and keep the commands of their time.
 """
 import argparse
 import contextlib
@@ -20,10 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results.csv"
-COLUMNS = ("experiment", "seed", "s", "r", "lr", "decay_frac", "steps", "tokens", "epochs", "val_loss", "test_loss",
-           "val_bpb", "seconds", "command")
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+RUNS, RESULTS = ROOT / "runs" / "study", HERE / "results.csv"
+SPLIT = ("bpb", "hit", "seen", "unseen", "again")           # by study/split.py
+LOSSES = ("val_loss", "test_loss", "val_bpb", *SPLIT)
+COLUMNS = ("experiment", "seed", "s", "r", "lr", "decay_frac", "steps", "tokens", "epochs",
+           "vocab_size", *LOSSES, "seconds", "commit", "data_hash", "command")
 
 
 def grid(**flags):
@@ -33,7 +40,8 @@ def grid(**flags):
     """
     values = [value if isinstance(value, list) else [value] for value in flags.values()]
     names = [name.replace("_", "-") for name in flags]
-    return [" ".join(f"--{name} {value}" for name, value in zip(names, combination) if value is not None)
+    return [" ".join(f"--{name} {value}" for name, value in zip(names, combination)
+                     if value is not None)
             for combination in itertools.product(*values)]
 
 
@@ -42,36 +50,31 @@ def both(**flags):
     return grid(s=1, **flags) + grid(s=6, r=0.2, **flags)
 
 
-FIVE = [None, 1, 2, 3, 4]               # seeds; what is at tiny's default is left out, so that no run is made twice
+# What is at tiny's default is left out, so that no run is made twice.
+FIVE = [None, 1, 2, 3, 4]               # seeds
 THREE = FIVE[:3]
 SHRINKING = dict(s="8,4,2", r=0.15)
-NARROW, SMALL = dict(n_embd=64, n_hidden=128, steps=5000), dict(n_embd=32, n_hidden=64)
 EXPERIMENTS = {
-    "blocks": both(seed=THREE),         # with batches of shuffled blocks; the rows of the others are older
-    "seeds": both(seed=FIVE) + grid(**SHRINKING, seed=FIVE),                    # equal FLOPs
-    "steps": both(seed=THREE) + grid(**SHRINKING, seed=THREE)                   # equal loss: how many steps reach it?
-    + grid(s=1, steps=[7000, 10500], seed=THREE) + grid(s=1, steps=[4375, 5250, 8750], seed=1),
-    "length": both(seed=FIVE) + both(steps=1000, seed=THREE) + both(steps=[2000, 7000])             # when does it pay?
-    + grid(**SHRINKING, seed=FIVE) + grid(**SHRINKING, steps=1000, seed=THREE) + grid(**SHRINKING, steps=[2000, 7000])
-    + both(**SMALL, steps=[1000, 2000, 4000, 8000]) + grid(**SHRINKING, **SMALL, steps=[1000, 2000, 4000, 8000]),
-    "r": both(seed=THREE) + grid(s=6, r=[0.1, 0.3], seed=THREE) + grid(s=6, r=0.15, seed=[None, 1])
-    + grid(**SHRINKING, seed=THREE) + grid(s="8,4", r=0.1) + grid(s="8,8,4,2", r=0.2, seed=1),
-    "lr": both(lr=[None, 1.5e-3, 6e-3]),                                        # fair ground: best against best
+    "seeds": both(seed=FIVE),
+    "worth": grid(s=1, steps=[2450, None, 4900, 7000], seed=FIVE),     # 0.7, 1, 1.4 and 2 times n
+    "lr": both(lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
-    "init": grid(s=1, init_std=[None, 0.02], seed=THREE),
-    "narrow": both(**NARROW) + grid(**SHRINKING, **NARROW),                     # another size and length
-    "ablations": grid(s=1) + grid(s=[6, 16], r=0.2) + grid(s=[6, 16], r=0.2, s_in=1) + grid(s=[6, 16], r=0.2, s_out=1)
-    + grid(s=[6, 16], r=0.2, weighting=["power", "exp"]) + grid(s=6, r=0.2, weighting="first")  # is input-only
+    "init": both(init_std=[None, 0.02], seed=THREE),
+    "length": both(steps=[1000, 2000, 7000]) + grid(**SHRINKING, steps=[1000, 2000, 7000]),
+    "r": both(seed=THREE) + grid(s=6, r=[0.1, 0.15, 0.3], seed=THREE)
+    + grid(**SHRINKING, seed=THREE),
+    "ablations": grid(s=1) + grid(s=[6, 16], r=0.2) + grid(s=[6, 16], r=0.2, s_in=1)
+    + grid(s=[6, 16], r=0.2, s_out=1) + grid(s=[6, 16], r=0.2, weighting=["power", "exp"])
     + grid(edit="tables", s=[6, 16], r=0.2),
-    "transitions": both() + grid(edit=["moments", "scale", "rewarm"], s=6, r=0.2) + grid(**SHRINKING)
-    + grid(**SHRINKING, weighting="power") + grid(**SHRINKING, s_in="8,1,1")
-    + grid(s="8,2,6,3,4,8,2,6,3,4", r=0.15) + grid(s="6,1,6,1,6,1,6", r=0.21),
-    "grid": grid(s=1, steps=2000) + grid(s=[2, 3, 4, 6, 8, 12, 16], r=[0.1, 0.2, 0.3, 0.5], steps=2000),
+    "transitions": both() + grid(edit=["moments", "scale", "rewarm"], s=6, r=0.2)
+    + grid(**SHRINKING) + grid(**SHRINKING, weighting="power") + grid(**SHRINKING, s_in="8,1,1"),
+    "grid": grid(s=1, steps=2000)
+    + grid(s=[2, 3, 4, 6, 8, 12, 16], r=[0.1, 0.2, 0.3, 0.5], steps=2000),
 }
 
 
 def folder(flags):
-    return RUNS / flags.replace("--", "").replace(" ", "_")
+    return RUNS / flags.replace("--", "").replace("/", "-").replace(" ", "_")
 
 
 def script(flags):
@@ -98,71 +101,163 @@ def log(flags):
     return [json.loads(line) for line in (folder(flags) / "metrics.jsonl").read_text().splitlines()]
 
 
-def train(flags):
-    """Make one run unless it is done. Its output goes to a file beside its folder."""
-    out = folder(flags)
-    if not finished(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{out}.txt", "a") as output:
-            more = [] if "--edit" in flags else ["--out", str(out), "--resume", "--eval-every", "250"]
-            subprocess.run([sys.executable, script(flags), *flags.split(), *more], stdout=output, stderr=output,
-                           cwd=HERE.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return finished(out)
+# Making runs
 
+def chains(runs):
+    """[[flags, ...], ...]: what one worker makes in turn.
+
+    One run, or baselines that differ in nothing but --steps, the longest first.
+    """
+    from train_tst import parse
+    found = {}
+    for flags in runs:
+        args = None if "--edit" in flags else parse(flags.split())
+        if args is None or args.r > 0:
+            found[flags] = [(0, flags)]
+        else:
+            same = {name: value for name, value in vars(args).items() if name != "steps"}
+            found.setdefault(json.dumps(same), []).append((args.steps, flags))
+    return [[flags for _, flags in sorted(chain, reverse=True)] for chain in found.values()]
+
+
+def make_data(runs):
+    """Make the study's corpora that the runs name, where they are not there yet."""
+    from corpora import make
+    for path in dict.fromkeys(re.findall(r"--data (\S+)", " ".join(runs))):
+        if not (ROOT / path).exists():
+            make(ROOT / path)
+
+
+def commit():
+    """The commit of this code, with a + where the files that train differ from it."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+    files = ("train_tst.py", "model.py", "data.py")
+    name = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
+    return f"{name}+" if git("diff", "--quiet", "HEAD", "--", *files).returncode else name
+
+
+def note_commit(out):
+    """Write this code's commit into a run's folder, after those that trained it so far."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "commit.txt"
+    names = path.read_text().split() if path.exists() else []
+    if commit() not in names:
+        path.write_text(" ".join([*names, commit()]))
+
+
+def python(out, *words):
+    """Run a script with one thread. What it prints goes to a file beside the run's folder."""
+    with open(f"{out}.txt", "a") as output:
+        subprocess.run([sys.executable, *words], stdout=output, stderr=output, cwd=ROOT,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def train(chain):
+    """Make the runs of a chain unless they are done -> what `finished` says of each."""
+    for flags in chain:
+        out = folder(flags)
+        if not finished(out):
+            note_commit(out)
+            if "--edit" in flags:
+                python(out, "study/edit.py", *flags.split())
+            elif flags == chain[0] and len(chain) > 1:
+                python(out, "study/branch.py", *chain)
+            else:
+                python(out, "train_tst.py", *flags.split(), *way(out))
+        if finished(out) and not (out / "split.json").exists():
+            python(out, "study/split.py", flags)
+    return [finished(folder(flags)) for flags in chain]
+
+
+def way(out):
+    """The flags that a run of the study has beside its own."""
+    return ["--out", str(out), "--resume", "--eval-every", "250"]
+
+
+# Their rows
 
 def test_loss(args, out):
-    """The final model's loss on the test split, taken as train_tst.py takes val_loss on the other; args: the run's."""
+    """The final model's loss on the test split, as train_tst.py takes val_loss on the other."""
     import torch
 
     import data
     import train_tst
     from model import load_model
     model, _ = load_model(out)
-    files = sorted((HERE.parent / args["data"]).glob("*test*.bin"))
+    files = sorted((ROOT / args["data"]).glob("*test*.bin"))
     tokens = data.Stream(files, model.config.vocab_size)
     args, cpu = argparse.Namespace(**args), torch.device("cpu")
     return train_tst.evaluate(model, tokens, None, args, cpu, contextlib.nullcontext())[0]
 
 
 def row(experiment, flags, args, last, test):
-    # 2 bytes a token, after a header of 1,024
-    train_tokens = sum(path.stat().st_size // 2 - 512 for path in (HERE.parent / args["data"]).glob("*train*.bin"))
+    """The row of a finished run with its split.json; test: its test loss, or None."""
     from train_tst import as_text
-    bags = {name: as_text(args[name]) for name in ("s", "r")}
-    known = {**args, **last, **bags, "experiment": experiment, "command": f"python {script(flags)} {flags}",
-             "epochs": f"{last['tokens'] / train_tokens:.2f}", "test_loss": f"{test:.4f}" if test else "",
-             "seconds": f"{last['seconds']:.0f}", "lr": f"{args['lr']:g}"}
-    return {name: f"{known[name]:.4f}" if name in ("val_loss", "val_bpb") else known[name] for name in COLUMNS}
+    out = folder(flags)
+    meta, split = (json.loads((out / f"{name}.json").read_text()) for name in ("meta", "split"))
+    commits = out / "commit.txt"
+    # 2 bytes a token, after a header of 1,024
+    train_tokens = sum(path.stat().st_size // 2 - 512
+                       for path in (ROOT / args["data"]).glob("*train*.bin"))
+    known = {**args, **last, **split, "s": as_text(args["s"]), "lr": f"{args['lr']:g}",
+             "experiment": experiment, "command": f"python {script(flags)} {flags}",
+             "epochs": f"{last['tokens'] / train_tokens:.2f}", "test_loss": test,
+             "seconds": f"{last['seconds']:.0f}", "vocab_size": meta["vocab_size"],
+             "data_hash": meta["hash"][:12],
+             "commit": commits.read_text() if commits.exists() else "unknown"}
+    for name in LOSSES:
+        known[name] = "" if known[name] is None else f"{known[name]:.4f}"
+    return {name: known[name] for name in COLUMNS}
+
+
+def key(row):
+    return row["experiment"], row["command"], row["data_hash"]
+
+
+def read_rows():
+    """The rows of results.csv, in which those of before have no commit and no data_hash."""
+    with RESULTS.open() as file:
+        return [{**dict.fromkeys(COLUMNS, ""), **row} for row in csv.DictReader(file)]
+
+
+def write_rows(rows):
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS])
     parser.add_argument("--test", action="store_true", help="also compute test_loss")
     args = parser.parse_args()
     if not args.experiments:
         for name, runs in EXPERIMENTS.items():
-            print(f"{name}: {sum(finished(folder(flags)) is not None for flags in runs)} of {len(runs)} runs done")
+            done = sum(finished(folder(flags)) is not None for flags in runs)
+            print(f"{name}: {done} of {len(runs)} runs done")
         return
-    old = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    rows = {(line["experiment"], line["command"]): line for line in old}
-    jobs = [(name, flags) for name in args.experiments for flags in EXPERIMENTS[name]]
+    rows = {key(row): row for row in read_rows()}
+    runs = list(dict.fromkeys(flags for name in args.experiments for flags in EXPERIMENTS[name]))
+    make_data(runs)
+    work = chains(runs)
     with ThreadPoolExecutor(2) as pool:
-        runs = list(dict.fromkeys(flags for _, flags in jobs))
-        for flags, result in zip(runs, pool.map(train, runs)):
-            if result is None:
-                print(f"did not finish: {flags}; see {folder(flags)}.txt")
-                continue
-            test = test_loss(result[0], folder(flags)) if args.test else None
-            for name in (name for name, other in jobs if other == flags):
-                new = row(name, flags, *result, test)
-                rows[name, new["command"]] = {**new, "test_loss": new["test_loss"] or
-                                              rows.get((name, new["command"]), new)["test_loss"]}
-                print(", ".join(f"{key} {value}" for key, value in new.items() if value != ""), flush=True)
-            with RESULTS.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows.values())
+        for chain, results in zip(work, pool.map(train, work)):
+            for flags, result in zip(chain, results):
+                if result is None or not (folder(flags) / "split.json").exists():
+                    print(f"did not finish: {flags}; see {folder(flags)}.txt")
+                    continue
+                test = test_loss(result[0], folder(flags)) if args.test else None
+                for name in (name for name in args.experiments if flags in EXPERIMENTS[name]):
+                    new = row(name, flags, *result, test)
+                    old = rows.get(key(new), new)
+                    rows[key(new)] = {**new, "test_loss": new["test_loss"] or old["test_loss"]}
+                    print(", ".join(f"{name} {value}" for name, value in new.items() if value),
+                          flush=True)
+            write_rows(rows.values())
 
 
 if __name__ == "__main__":

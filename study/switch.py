@@ -1,23 +1,28 @@
-"""What the switch costs: TST's loss minus the baseline's, same seed and step, for runs that study/run.py has made.
+"""What the switch costs: TST's loss minus the baseline's, same seed and step, from runs of run.py.
 
     python study/switch.py              # every run of "seeds", "r" and "length" that has its baseline
 
-The spike is the difference of the training losses, mean of the first 10 steps after the switch. The steps to recover
-are those from the switch until the validation losses cross for good, on straight lines between the evaluations.
-(The spike is large enough for training losses, the crossing is not: after the switch the two read different text.)
+The spike is the difference of the training losses, mean of the first 10 steps after the switch.
+The steps to recover are those from the switch until the validation losses cross for good, on
+straight lines between the evaluations. (The spike is large enough for training losses, the
+crossing is not: after the switch the two read different text.)
 """
 from run import EXPERIMENTS, baseline, finished, folder, log
 
 
 def cost(flags):
-    """(switch step, spike, steps to recover or None) of a run; None if it is a baseline, lacks one, or is not done."""
+    """(switch step, spike, steps to recover or None) of a run.
+
+    None if it is a baseline, lacks one, or is not done.
+    """
     pair = flags, baseline(flags)
     if flags == pair[1] or not all(finished(folder(one)) for one in pair):
         return None
     ours, theirs = map(log, pair)
     less = [a["loss"] - b["loss"] for a, b in zip(ours, theirs)]
     switch = sum(line["phase"] == "superposition" for line in ours)
-    points = [(a["step"], a["val_loss"] - b["val_loss"]) for a, b in zip(ours, theirs) if a["val_loss"]]
+    points = [(a["step"], a["val_loss"] - b["val_loss"]) for a, b in zip(ours, theirs)
+              if a["val_loss"]]
     recovered = None
     for (step, before), (later, after) in zip(points, points[1:]):
         if before > 0 > after:
@@ -27,7 +32,8 @@ def cost(flags):
 
 def main():
     print("| flags | switch | spike | steps to recover |\n| --- | --- | --- | --- |")
-    for flags in dict.fromkeys(flags for name in ("seeds", "r", "length") for flags in EXPERIMENTS[name]):
+    runs = [flags for name in ("seeds", "r", "length") for flags in EXPERIMENTS[name]]
+    for flags in dict.fromkeys(runs):
         found = cost(flags)
         if found:
             switch, spike, recovered = found
