@@ -1,66 +1,124 @@
-"""The study's tables: the losses in study/results.csv, TST beside the baseline with the same other flags and seed.
+"""The study's tables: the losses in study/results.csv, TST beside the baseline with the same other
+flags, seed and data, and w, the worth of a superposed step in plain steps (study/worth.py).
 
     python study/table.py                               # every experiment
     python study/table.py seeds lr                      # these
-    python study/table.py seeds "--s 6 --r 0.2"         # with the differences to that instead of the baseline
-    python study/table.py seeds test                    # of the test split, where it has been looked at
+    python study/table.py seeds --loss bpb              # another column instead of val_loss
+    python study/table.py transitions --minus "--s 6 --r 0.2"       # differences to that run
+    python study/table.py --old                         # the rows from before data_hash alone
+
+No table mixes data: each is of one experiment and one data_hash. A negative difference is a gain.
 """
-import csv
+import argparse
 import statistics
-import sys
 from collections import defaultdict
-from pathlib import Path
+
+from run import LOSSES, read_rows
+
+from data import fail
+from worth import as_text, worth
 
 METHOD = ("--edit", "--s", "--r", "--s-in", "--s-out", "--weighting")
+BASELINE = "--s 1"
+
+
+def flags_of(row):
+    """(the flags of the method, the others but seed and steps, the same with steps), each text."""
+    words = row["command"].split()[2:]
+    flags = [pair for pair in zip(words[::2], words[1::2]) if pair[0] != "--seed"]
+
+    def text(pairs):
+        return " ".join(f"{flag} {value}" for flag, value in pairs)
+
+    others = [pair for pair in flags if pair[0] not in METHOD]
+    return (text(pair for pair in flags if pair[0] in METHOD),
+            text(pair for pair in others if pair[0] != "--steps"), text(others))
+
+
+def lengths(rows, loss):
+    """{(other flags, seed, data_hash): {steps: loss}} of the baselines of today's columns."""
+    found = defaultdict(dict)
+    for row in rows:
+        method, same, _ = flags_of(row)
+        if method == BASELINE and row["data_hash"] and row[loss]:
+            found[same, row["seed"], row["data_hash"]][int(row["steps"])] = float(row[loss])
+    return found
+
+
+def worth_of(row, loss, baselines):
+    """(w, bound) of a row, or None where it superposes nothing or has no baseline."""
+    _, same, _ = flags_of(row)
+    points = baselines.get((same, row["seed"], row["data_hash"]))
+    if points and float(row["r"]) > 0:
+        return worth(float(row[loss]), points, int(row["steps"]), float(row["r"]))
 
 
 def spread(values):
     """Mean and, of several, the standard deviation."""
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
 
 
-def by_s_and_r(rows):
+def by_s_and_r(rows, loss):
     """Print one row of losses for each r and one column for each s."""
-    losses = {(row["s"], row["r"]): row["val_loss"] for row in rows}
-    sizes, fractions = (sorted({key[i] for key in losses if key[0] != "1"}, key=float) for i in (0, 1))
-    print(f"the baseline: {losses['1', '0.0']}\n\n| r \\ s | " + " | ".join(sizes) + " |")
-    print("| --- " * (1 + len(sizes)) + "|")
+    losses = {(row["s"], row["r"]): row[loss] for row in rows}
+    sizes, fractions = (sorted({key[i] for key in losses if key[0] != "1"}, key=float)
+                        for i in (0, 1))
+    print(f"the baseline: {losses.get(('1', '0.0'), 'not there')}\n")
+    print("| r \\ s | " + " | ".join(sizes) + " |\n" + "| --- " * (1 + len(sizes)) + "|")
     for r in fractions:
         print(f"| {r} | " + " | ".join(losses.get((s, r), "") for s in sizes) + " |")
 
 
-def main(words):
-    split, names = "test" if "test" in words else "val", [name for name in words if name != "test"]
-    found = defaultdict(lambda: defaultdict(dict))              # experiment, other flags: method: seed: loss
-    rows = defaultdict(list)
-    with open(Path(__file__).with_name("results.csv")) as file:
-        for row in (row for row in csv.DictReader(file) if row[f"{split}_loss"]):
-            command = row["command"].split()[2:]
-            flags = [(flag, value) for flag, value in zip(command[::2], command[1::2]) if flag != "--seed"]
-            method, other = (" ".join(f"{flag} {value}" for flag, value in flags if (flag in METHOD) == is_method)
-                             for is_method in (True, False))
-            found[row["experiment"], other][method][row["seed"]] = float(row[f"{split}_loss"])
-            rows[row["experiment"]].append(row)
-    reference = next((name for name in names if name.startswith("--")), "--s 1")
-    experiments = [name for name in names if name != reference] or rows
-    if not set(experiments) <= set(rows):
-        raise SystemExit(f"study/table.py: of {experiments} results.csv has only {list(rows)}")
-    for experiment in experiments:
-        print(f"\n{experiment}\n")
-        if experiment == "grid":
-            by_s_and_r(rows[experiment])
-            continue
-        print(f"| flags | seeds | {split} loss | minus `{reference}` |\n| --- | --- | --- | --- |")
-        for (name, other), methods in found.items():
-            if name != experiment:
-                continue
-            other_losses = methods.get(reference, {})
-            for method, losses in methods.items():
-                less = [losses[seed] - other_losses[seed] for seed in losses if seed in other_losses]
-                gain = spread(less) if less and method != reference else ""
-                each = "" if len(losses) == 1 else f" ({', '.join(f'{loss:.4f}' for loss in losses.values())})"
-                print(f"| `{f'{method} {other}'.strip()}` | {len(losses)} | {spread(losses.values())}{each} | {gain} |")
+def differences(rows, loss, minus, baselines):
+    """Print a line for each method and other flags, with the seeds' losses and differences."""
+    groups = defaultdict(lambda: defaultdict(dict))             # other flags: method: seed: row
+    for row in rows:
+        method, _, others = flags_of(row)
+        groups[others][method][row["seed"]] = row
+    print(f"| flags | seeds | {loss} | minus `{minus}` | w |\n| --- | --- | --- | --- | --- |")
+    for others, methods in groups.items():
+        reference = methods.get(minus, {})
+        for method, by_seed in methods.items():
+            losses = {seed: float(row[loss]) for seed, row in by_seed.items()}
+            less = [losses[seed] - float(reference[seed][loss])
+                    for seed in losses if seed in reference and method != minus]
+            worths = [worth_of(row, loss, baselines) for row in by_seed.values()]
+            worths = [found for found in worths if found]
+            each = ", ".join(f"{value:.4f}" for value in losses.values())
+            each = f" ({each})" if len(losses) > 1 else ""
+            print(f"| `{f'{method} {others}'.strip()}` | {len(losses)} "
+                  f"| {spread(losses.values())}{each} | {spread(less) if less else ''} "
+                  f"| {as_text(worths) if worths else ''} |")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("experiments", nargs="*", help="(default: all)")
+    parser.add_argument("--loss", choices=LOSSES, default="val_loss", help="(default: val_loss)")
+    parser.add_argument("--minus", default=BASELINE, help="method flags of the run to compare with")
+    parser.add_argument("--old", action="store_true", help="the rows without a data_hash alone")
+    args = parser.parse_args(argv)
+    rows = [row for row in read_rows() if args.old == (not row["data_hash"])]
+    known = list(dict.fromkeys(row["experiment"] for row in rows))
+    for name in args.experiments:
+        if name not in known:
+            fail(f"{name}: no such rows; there are {', '.join(known) or 'none'}; "
+                 "the older ones are printed with --old, the others without")
+    baselines, tables = lengths(rows, args.loss), defaultdict(list)
+    for row in rows:
+        if row[args.loss] and row["experiment"] in (args.experiments or known):
+            tables[row["experiment"], row["data_hash"]].append(row)
+    for (experiment, data_hash), rows in tables.items():
+        of = f"data {data_hash}" if data_hash else "old rows"
+        print(f"\n{experiment}, {of}\n")
+        if experiment.endswith("grid"):
+            by_s_and_r(rows, args.loss)
+        else:
+            differences(rows, args.loss, args.minus, baselines)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
