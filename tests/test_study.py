@@ -1,0 +1,127 @@
+"""The study's instruments: what they measure, and that their tables mix nothing."""
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train_tst
+from model import load_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))
+import branch
+import run
+import split
+import table
+from worth import worth
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RUNS", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(train_tst, "save", train_tst.save)      # study/branch.py wraps it
+    return tmp_path
+
+
+def test_a_target_is_a_hit_or_seen_or_unseen_as_a_slow_reader_says():
+    rows = torch.randint(0, 6, (50, 13), generator=torch.Generator().manual_seed(0))
+    rows[0, :4] = torch.tensor([5, 5, 5, 2])            # a pair may overlap the one before it
+    for row, found in zip(rows.tolist(), split.kinds(rows).tolist()):
+        for i, kind in enumerate(found):
+            target, before = row[i + 1], row[:i + 1]
+            hit = (row[i], target) in zip(before, before[1:])
+            assert split.KINDS[kind] == ("hit" if hit else "seen" if target in before else "unseen")
+
+
+def test_again_are_the_losses_whose_predecessor_was_read_twice():
+    class Reader(torch.nn.Module):                      # that remembers what it read
+        def forward(self, bags):
+            self.inputs = bags[:, :, 0]
+            return torch.zeros(*self.inputs.shape, 8)
+
+    model, rows = Reader(), torch.arange(97)[None] % 8
+    assert split.losses_again(model, rows).shape == (1, 47)
+    assert model.inputs[0].tolist() == [*rows[0, :48].tolist(), *rows[0, :47].tolist()]
+    assert split.losses_again(model, rows[:, :12]).shape == (1, 4)      # l = 11: 5 tokens twice
+
+
+def test_every_byte_of_the_validation_split_is_read_once_whatever_the_context(corpus):
+    _, tokens, _, _ = data.load(corpus)
+    for l in (7, 96, 2998, 2999):
+        targets = torch.cat([rows[:, 1:].flatten() for rows in split.batches(tokens, l)])
+        assert targets.tolist() == tokens.read(1, len(tokens) - 1).tolist()
+
+
+def test_a_superposed_step_of_the_paper_is_worth_what_its_tables_say():
+    small = {20_000: 3.212, 100_000: 3.092}
+    assert worth(3.142, small, 20_000, 0.3) == (pytest.approx(6.19, abs=0.01), "")
+    three = {20_000: 2.808, 36_000: 2.677, 50_000: 2.640}
+    assert worth(2.676, three, 20_000, 0.3) == (pytest.approx(3.72, abs=0.01), "")
+    assert worth(2.236, {125_000: 2.252}, 49_983, 0.25) == (pytest.approx(7.0, abs=0.01), ">")
+    assert worth(2.9, three, 20_000, 0.3) == (pytest.approx(1.0), "<")
+
+
+def test_a_run_has_a_row_with_every_column(study, flags):
+    text = " ".join(flags)
+    out = run.folder(text)
+    run.note_commit(out)
+    train_tst.main([*flags, *run.way(out)])
+    found = split.measured(out)
+    row = run.row("mine", text, *run.finished(out), None)
+    assert set(row) == set(run.COLUMNS)
+    assert [name for name, value in row.items() if value == ""] == ["test_loss"]
+    assert row["commit"] == run.commit() and row["vocab_size"] == 300
+    parts = found["hit_share"] * found["hit"] + found["seen_share"] * found["seen"] + (
+        1 - found["hit_share"] - found["seen_share"]) * found["unseen"]
+    assert parts == pytest.approx(found["loss"])
+    assert found["loss"] == pytest.approx(run.finished(out)[1]["val_loss"], abs=0.01)   # all rows
+
+
+def test_a_branched_baseline_is_the_one_trained_from_its_start(study, flags):
+    common = f"--s 1 {' '.join(flags)} --warmup-steps 2".replace("--s 3 --r 0.5 ", "")
+    longest, shorter = (common.replace("--steps 12", f"--steps {n}") for n in (20, 10))
+    assert run.chains([shorter, longest]) == [[longest, shorter]]
+    branch.main(longest, shorter)
+    out = run.folder(shorter)
+    assert load_checkpoint(out)["step"] == 6                            # 0.4 of 10 are decay
+    train_tst.main([*shorter.split(), *run.way(out)])
+    train_tst.main([*shorter.split(), "--out", str(study / "plain"), "--eval-every", "250"])
+    for name, weight in load_checkpoint(out)["model"].items():
+        assert torch.equal(weight, load_checkpoint(study / "plain")["model"][name]), name
+    logs = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+            for folder in (out, study / "plain")]
+    assert logs[0] == logs[1]
+
+
+def test_no_table_mixes_data(study, capsys):
+    def line(s, r, steps, loss, data_hash):
+        method = "--s 1" if s == 1 else f"--s {s} --r {r}"
+        length = "" if steps == 3500 else f" --steps {steps}"
+        return {**dict.fromkeys(run.COLUMNS, ""), "experiment": "seeds", "seed": "0", "s": s,
+                "r": r, "steps": steps, "val_loss": loss, "data_hash": data_hash,
+                "commit": "abc" if data_hash else "",
+                "command": f"python train_tst.py {method}{length}"}
+
+    run.write_rows([
+        line(1, 0.0, 3500, 3.0, "aaa"), line(1, 0.0, 7000, 2.8, "aaa"),
+        line(6, 0.2, 3500, 2.9, "aaa"), line(6, 0.2, 3500, 2.7, "bbb"),
+        line(1, 0.0, 3500, 2.5, "")])
+    table.main([])
+    first, second = capsys.readouterr().out.split("seeds, data ")[1:]
+    assert "`--s 6 --r 0.2` | 1 | 2.9000 | -0.1000 | 3.07 |" in first   # 3500 * 2 ** 0.5 steps
+    assert second.splitlines()[-1] == "| `--s 6 --r 0.2` | 1 | 2.7000 |  |  |"
+    assert "2.5" not in first + second
+    table.main(["--old"])
+    old = capsys.readouterr().out
+    assert "seeds, old rows" in old and "2.5000" in old and "2.9" not in old
+
+
+def test_old_rows_of_results_csv_are_marked_and_no_row_is_there_twice():
+    with open(run.HERE / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all((row["commit"] == "") == (row["data_hash"] == "") for row in rows)
+    assert len({run.key(row) for row in rows}) == len(rows)
