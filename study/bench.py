@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 TEMPORARY = tempfile.TemporaryDirectory()
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = TEMPORARY.name                  # compilation is timed, so never remembered
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = TEMPORARY.name  # it is timed, so never remembered
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -39,67 +39,78 @@ TOKENS = 20_000_000
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = data.fail
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--model", choices=PRESETS, help="(default: tiny, then 270m)")
-    parser.add_argument("--s", type=int, default=6, help="bag size where one is compared (default: 6)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 on CUDA, else float32)")
+    parser.add_argument("--s", type=int, default=6,
+                        help="bag size where one is compared (default: 6)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="(default: bfloat16 on CUDA, else float32)")
     parser.add_argument("--only", choices=PARTS, help="run this part alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
-                        help="of the CPU; 1 takes CPU time, for a machine shared with others (default: %(default)s)")
+                        help="of the CPU; 1 takes CPU time, for a machine shared with others "
+                             "(default: %(default)s)")
     args = parser.parse_args()
     cuda = args.device == "cuda"
     if args.s < 1 or args.threads < 1 or cuda and not torch.cuda.is_available():
         data.fail("--s and --threads are at least 1, and --device is one that this machine has")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
-    args.autocast = lambda: torch.autocast(args.device, torch.bfloat16, args.dtype == torch.bfloat16)
+    args.autocast = lambda: torch.autocast(args.device, torch.bfloat16,
+                                           args.dtype == torch.bfloat16)
     torch.set_num_threads(args.threads)
-    args.clock = time.process_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
+    alone = args.device == "cpu" and args.threads == 1
+    args.clock = time.process_time if alone else time.perf_counter
     torch.set_float32_matmul_precision("high" if cuda else "highest")   # as in training
     machine = torch.cuda.get_device_name(args.device) if cuda else f"{args.threads} CPU threads"
     print(f"{machine}, torch {torch.__version__}, {args.dtype}; ratios: median [quartiles]")
     args.kinds = ("eager", "compiled") if compiler_works(args.device, print) else ("eager",)
     for args.model in [args.model] if args.model else ["tiny", "270m"]:
-        recipe, vocab_size = RECIPES[args.model], VOCAB_SIZE if args.model == "tiny" else data.GPT2["vocab_size"]
+        recipe = RECIPES[args.model]
+        vocab_size = VOCAB_SIZE if args.model == "tiny" else data.GPT2["vocab_size"]
         c = args.config = replace(PRESETS[args.model], vocab_size=vocab_size)
         args.batch, cut = min(recipe["batch_size"], recipe["micro_batch_size"]), ""
         if args.model != "tiny" and not cuda:
             c = args.config = replace(c, n_layer=2, seq_len=256)
             args.batch, cut = 2, ", cut down for a CPU in layers, l and batch"
-        print(f"\n{args.model}: width {c.n_embd}, V = {vocab_size:,}, layers {c.n_layer}, l = {c.seq_len}, "
-              f"rows a step {args.batch}{cut}")
+        print(f"\n{args.model}: width {c.n_embd}, V = {vocab_size:,}, layers {c.n_layer}, "
+              f"l = {c.seq_len}, rows a step {args.batch}{cut}")
         shard = Path(TEMPORARY.name, f"{args.model}.bin")
-        write_shard(shard, (vocab_size ** np.random.default_rng(0).random(TOKENS)).astype(np.uint16))
+        uniform = np.random.default_rng(0).random(TOKENS)
+        write_shard(shard, (vocab_size ** uniform).astype(np.uint16))
         args.tokens = data.Stream([shard], vocab_size)
         for name in [args.only] if args.only else PARTS:
-            if name != "loss" or args.only or args.model != "tiny":     # the loss has one shape, the large models'
+            # the loss has one shape, the large models'
+            if name != "loss" or args.only or args.model != "tiny":
                 PARTS[name](args)
 
 
 # Parts
 
 def superposition(args):
-    """Whole steps with bags of s against bags of one, the switch between them, and the wait for the data."""
+    """Whole steps with bags of s against bags of one, the switch, and the wait for the data."""
     for kind in args.kinds:
         step, graphs = trainer(args, *ours(args, kind)), counters["stats"]
         step(args.s), step(args.s)                                      # the superposition phase
         before = graphs["unique_graphs"]
         first, *later = (timed(args, lambda: step(1), clock=time.perf_counter) for _ in range(4))
+        longer = first - statistics.median(later)
         again = graphs["unique_graphs"] - before
-        times = race(args, {s: lambda s=s: step(s) for s in (SIZES if kind == "eager" else sorted({1, args.s}))})
+        sizes = SIZES if kind == "eager" else sorted({1, args.s})
+        times = race(args, {s: lambda s=s: step(s) for s in sizes})
         for s in times:
             middle, wait = statistics.median(times[s]), statistics.median(step.waits[s])
-            print(f"  step, {kind}, s = {s:2} / s = 1: {ratio(times, s, 1)}, {1000 * middle:.1f} ms, "
-                  f"of which it waits for data {wait / middle:.2%}")
-        print(f"  switch, {kind}: the first step after it took {first - statistics.median(later):.3f} s longer, "
+            print(f"  step, {kind}, s = {s:2} / s = 1: {ratio(times, s, 1)}, "
+                  f"{1000 * middle:.1f} ms, of which it waits for data {wait / middle:.2%}")
+        print(f"  switch, {kind}: the first step after it took {longer:.3f} s longer, "
               f"{again} of {before} graphs were compiled again")
 
 
 def loss(args):
-    """The head and its loss, forward and backward: ours against what else computes it, in time and peak memory."""
+    """The head and its loss, forward and backward: ours against others, in time and memory."""
     rows, d, s = -(-args.config.vocab_size // 64) * 64, args.config.n_embd, args.s
-    n = args.batch * args.config.seq_len                                # timed; too few on a CPU to show the memory
+    n = args.batch * args.config.seq_len        # timed; too few on a CPU to show the memory
     most = 4 * n if args.device == "cpu" else n
     x = torch.randn(most, d, device=args.device, requires_grad=True)
     head = torch.randn(rows, d, device=args.device).mul_(0.02).requires_grad_()
@@ -123,14 +134,18 @@ def loss(args):
         value.backward()
         x.grad = head.grad = None
 
-    print(f"  loss with the head, s = {s}: time of {n:,} positions, memory of {most:,} in their float32 logits")
+    print(f"  loss with the head, s = {s}: time of {n:,} positions, memory of {most:,} in their "
+          "float32 logits")
     for kind in args.kinds:
-        made = {name: torch.compile(f, dynamic=False) if kind == "compiled" and name != "ChunkedHeadLoss" else f
-                for name, f in losses.items()}                          # ours is never compiled
+        made = dict(losses)
+        if kind == "compiled":
+            made = {name: torch.compile(f, dynamic=False) for name, f in losses.items()}
+            made["ChunkedHeadLoss"] = losses["ChunkedHeadLoss"]         # ours is never compiled
         times = race(args, {name: lambda f=f: forward_backward(f, n) for name, f in made.items()})
         for name, f in made.items():
             logits = peak_memory(args, lambda: forward_backward(f, most)) / (4 * most * rows)
-            print(f"  loss, {kind}, {name} / {plain}: {ratio(times, name, plain)}, peak memory {logits:.2f} logits")
+            print(f"  loss, {kind}, {name} / {plain}: {ratio(times, name, plain)}, "
+                  f"peak memory {logits:.2f} logits")
 
 
 def listing(f, z, y):
@@ -144,9 +159,11 @@ def llama(args):
     except ImportError:
         return print("  llama: skipped, pip install transformers")
     c = args.config
-    config = LlamaConfig(vocab_size=-(-c.vocab_size // 64) * 64, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
-                         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-                         max_position_embeddings=c.seq_len, tie_word_embeddings=False, use_cache=False)
+    config = LlamaConfig(
+        vocab_size=-(-c.vocab_size // 64) * 64, hidden_size=c.n_embd,
+        intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, max_position_embeddings=c.seq_len,
+        tie_word_embeddings=False, use_cache=False)
     for kind in args.kinds:
         with torch.device(args.device):
             theirs = LlamaForCausalLM(config)
@@ -155,15 +172,17 @@ def llama(args):
                 "theirs": trainer(args, theirs, lambda inputs, _, s: forward(
                     input_ids=inputs[..., 0], labels=inputs[..., 0]).loss)}
         times = race(args, {name: lambda run=run: run(1) for name, run in step.items()})
-        print(f"  llama, {kind}: our tokens per second / transformers': {ratio(times, 'theirs', 'ours')}")
+        print(f"  llama, {kind}: our tokens per second / transformers': "
+              f"{ratio(times, 'theirs', 'ours')}")
 
 
 def floor(args):
-    """Achieved FLOP/s against those of the step's matrix products by themselves, and where the rest goes."""
+    """Achieved FLOP/s against those of the step's matrix products alone, and where time goes."""
     for kind in args.kinds:
         model, loss_of = ours(args, kind)
         step = trainer(args, model, loss_of)
-        weights = [p.detach().to(args.dtype) for p in model.parameters() if p.ndim == 2][1:]     # without the embedding
+        _, *weights = [p.detach().to(args.dtype) for p in model.parameters()
+                       if p.ndim == 2]                                  # without the embedding
         n = args.batch * args.config.seq_len
         buffers = {size: torch.randn(n, size, dtype=args.dtype, device=args.device)
                    for size in {size for w in weights for size in w.shape}}
@@ -173,8 +192,10 @@ def floor(args):
                 x, y = buffers[w.size(1)], buffers[w.size(0)]
                 F.linear(x, w), y @ w, y.T @ x
 
-        times = race(args, {"products": products, "step": lambda: step(1), "passes": lambda: step(1, optimize=False)})
-        flops = model.flops_per_token() / (6 * sum(w.numel() for w in weights))     # the attention's come on top
+        times = race(args, {"products": products, "step": lambda: step(1),
+                            "passes": lambda: step(1, optimize=False)})
+        # The attention's come on top
+        flops = model.flops_per_token() / (6 * sum(w.numel() for w in weights))
         for name, what in (("step", "whole step"), ("passes", "forward and backward")):
             print(f"  floor, {kind}, FLOP/s of the {what} / of the matrix products alone: "
                   f"{ratio(times, 'products', name, flops)}")
@@ -183,7 +204,8 @@ def floor(args):
         key = "self_device_time_total" if args.device != "cpu" else "self_cpu_time_total"
         ops = sorted(profile.key_averages(), key=lambda op: -getattr(op, key))
         total = sum(getattr(op, key) for op in ops)
-        print("    time: " + ", ".join(f"{op.key[:40]} {getattr(op, key) / total:.0%}" for op in ops[:10]))
+        print("    time: " + ", ".join(f"{op.key[:40]} {getattr(op, key) / total:.0%}"
+                                       for op in ops[:10]))
 
 
 PARTS = {"step": superposition, "loss": loss, "llama": llama, "floor": floor}
@@ -192,8 +214,11 @@ PARTS = {"step": superposition, "loss": loss, "llama": llama, "floor": floor}
 # Their tools
 
 def ours(args, kind):
-    """Our model and its loss (inputs (B, l, s), targets (B, l, s), s) -> scalar, compiled in parts as in training."""
-    torch._dynamo.reset()                                               # it gives up on the ninth of a kind
+    """Our model and its loss, (inputs (B, l, s), targets (B, l, s), s) -> scalar.
+
+    Compiled in parts as in training.
+    """
+    torch._dynamo.reset()                                       # it gives up on the ninth of a kind
     counters.clear()
     torch.manual_seed(0)
     with torch.device(args.device):
@@ -206,17 +231,23 @@ def ours(args, kind):
 
 
 def trainer(args, model, loss_of):
-    """A function of s that takes an optimizer step as train_tst.py does; its waits[s] are its times to fetch rows."""
+    """A function of s that takes an optimizer step as train_tst.py does.
+
+    Its waits[s] are its times to fetch rows.
+    """
     optimizer = make_optimizer(model, lr=1e-4)
     batches, rows, count = {}, {}, itertools.count()
 
     def fetch(s):
         if s not in batches:
-            batches[s] = data.Batches(args.tokens, [(10 ** 6, s, s)], args.batch, args.config.seq_len, seed=0)
+            batches[s] = data.Batches(args.tokens, [(10 ** 6, s, s)], args.batch,
+                                      args.config.seq_len, seed=0)
             step.waits[s] = []
         started = args.clock()
         new = batches[s].rows(next(count), 0, args.batch)
-        rows[s] = new.pin_memory().to(args.device, non_blocking=True) if args.device != "cpu" else new
+        if args.device != "cpu":
+            new = new.pin_memory().to(args.device, non_blocking=True)
+        rows[s] = new
         step.waits[s].append(args.clock() - started)
 
     def step(s, optimize=True):
@@ -226,7 +257,7 @@ def trainer(args, model, loss_of):
         with args.autocast():
             value = loss_of(inputs, targets, s)
         value.backward()
-        fetch(s)                                                        # the next batch, while the device computes
+        fetch(s)                                        # the next batch, while the device computes
         if optimize:
             torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
             optimizer.step()
@@ -248,7 +279,10 @@ def timed(args, run, repeat=1, clock=None):
 
 
 def race(args, contestants):
-    """{name: function} -> {name: seconds in each round}; everyone once a round, in turned order every second round."""
+    """{name: function} -> {name: seconds in each round}.
+
+    Everyone once a round, in turned order every second round.
+    """
     for run in contestants.values():
         run()                                                           # compiles
     once = [timed(args, run) for run in contestants.values()]
@@ -262,21 +296,25 @@ def race(args, contestants):
 
 
 def ratio(times, a, b, scale=1.0):
-    low, middle, high = statistics.quantiles([scale * x / y for x, y in zip(times[a], times[b])], n=4)
+    ratios = [scale * x / y for x, y in zip(times[a], times[b])]
+    low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def peak_memory(args, run):
-    """Bytes that run holds at most above those there before; on a CPU as PyTorch's profiler counts them."""
+    """Bytes that run holds at most above those before; on a CPU as PyTorch's profiler counts."""
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    events = [event for event in profile.profiler.kineto_results.events()
+              if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The README's picture, from what `python study/run.py seeds length` has left in runs/study/.
 
-    pip install matplotlib && python study/draw.py          # writes study/loss.png, prints the right panel as a table
+    pip install matplotlib && python study/draw.py          # writes study/loss.png
 
-Left: validation loss against steps, means and ranges over the seeds. Right: how much lower TST ends than
-the baseline of the same seed, against the run's length in tokens of the baseline per parameter.
+Left: validation loss against steps, means and ranges over the seeds. Right, which is also printed
+as a table: how much lower TST ends than the baseline of the same seed, against the run's length
+in tokens of the baseline per parameter.
 """
 import statistics
 from collections import defaultdict
@@ -34,7 +35,8 @@ def seeds():
 
 def curves(axes, found, switches):
     for method, losses in found.items():
-        means, lows, highs = ([kind(each) for each in losses.values()] for kind in (statistics.mean, min, max))
+        means, lows, highs = ([kind(each) for each in losses.values()]
+                              for kind in (statistics.mean, min, max))
         name = f"TST: {method}" if method in switches else f"baseline: {method}"
         axes.plot(list(losses), means, color=COLOURS[method], linewidth=2, label=name)
         axes.fill_between(list(losses), lows, highs, color=COLOURS[method], alpha=0.25, linewidth=0)
@@ -44,7 +46,7 @@ def curves(axes, found, switches):
 
 
 def lengths():
-    """{(width, method): {(steps, tokens per parameter): what each seed gains on its baseline}} of "length"."""
+    """Of "length": {(width, method): {(steps, tokens per parameter): each seed's gain}}."""
     found = defaultdict(lambda: defaultdict(list))
     for flags in EXPERIMENTS["length"]:
         run, other = finished(folder(flags)), finished(folder(baseline(flags)))
@@ -65,13 +67,15 @@ def main():
     missing = [flags for flags in EXPERIMENTS["seeds"] if not finished(folder(flags))]
     if missing:
         raise SystemExit(f"study/draw.py: {missing} are not done yet: python study/run.py seeds")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2), constrained_layout=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2),
+                                            constrained_layout=True)
     end = left.inset_axes((0.42, 0.3, 0.56, 0.44))
     found, switches = seeds()
     for axes in (left, end):
         curves(axes, found, switches)
     steps = max(found["--s 1"])
-    late = [loss for losses in found.values() for step in losses if step > 0.6 * steps for loss in losses[step]]
+    late = [loss for losses in found.values() for step in losses if step > 0.6 * steps
+            for loss in losses[step]]
     end.set_xlim(0.6 * steps, steps)
     end.set_ylim(min(late) - 0.02, max(late) + 0.02)
     end.text(0.04, 0.06, "the end, enlarged", transform=end.transAxes, fontsize=9)
@@ -81,16 +85,19 @@ def main():
     left.set_title("Training tiny: means and ranges over 5 seeds", fontsize=10)
     left.legend(frameon=False, fontsize=9, loc="upper right")
 
-    print("| width | flags | steps | tokens per parameter | gain, nats |\n| --- | --- | --- | --- | --- |")
+    print("| width | flags | steps | tokens per parameter | gain, nats |")
+    print("| --- | --- | --- | --- | --- |")
     for (width, method), points in lengths().items():
         points = sorted(points.items())
         name, style = SIZES[width]
-        right.plot([per for (_, per), _ in points], [statistics.mean(gains) for _, gains in points], style,
-                   color=COLOURS[method], label=f"{name}, {method.split(' --r')[0]}")
+        right.plot([per for (_, per), _ in points], [statistics.mean(gains) for _, gains in points],
+                   style, color=COLOURS[method], label=f"{name}, {method.split(' --r')[0]}")
         for (steps, per_parameter), gains in points:
-            right.plot([per_parameter] * len(gains), gains, style[-1], color=COLOURS[method], alpha=0.4, markersize=4)
+            right.plot([per_parameter] * len(gains), gains, style[-1], color=COLOURS[method],
+                       alpha=0.4, markersize=4)
             each = f" ({', '.join(f'{gain:+.3f}' for gain in gains)})" if len(gains) > 1 else ""
-            print(f"| {width} | `{method}` | {steps} | {per_parameter:.0f} | {statistics.mean(gains):+.3f}{each} |")
+            print(f"| {width} | `{method}` | {steps} | {per_parameter:.0f} "
+                  f"| {statistics.mean(gains):+.3f}{each} |")
     right.axhline(0, color="tab:grey", linewidth=2)
     right.set_xscale("log")
     right.xaxis.set_major_formatter("{x:g}")

@@ -1,7 +1,7 @@
 """What must survive the switch? Edit a finished run's ckpt_switch.pt and train on from there.
 
     python study/run.py ablations transitions                           # all of them, among others
-    python study/edit.py --edit tables --s 6 --r 0.2        # one; run.py must have made --s 6 --r 0.2
+    python study/edit.py --edit tables --s 6 --r 0.2        # one, if run.py has made --s 6 --r 0.2
 
 --edit is one of
     tables    the embedding and the LM head drawn anew (the paper's ablation)

@@ -38,7 +38,7 @@ def kinds(rows):
     same = rows[:, :, None] == rows[:, None, :]                         # (B, n, n)
     pairs = same[:, :-1, :-1] & same[:, 1:, 1:]     # [k, i, j]: input and target i are those of j
     hit = pairs.tril(-1).any(2)                                         # at a j before i
-    seen = same[:, 1:, :-1].tril().any(2)                               # target i is an input so far
+    seen = same[:, 1:, :-1].tril().any(2)                   # target i is an input so far
     return hit.long() + seen                        # a hit was seen too: its target is an input
 
 
@@ -58,7 +58,7 @@ def losses_again(model, rows):
 
 
 def batches(tokens, l):
-    """Yield all of a Stream in contiguous rows of l targets (B, l + 1), at last the shorter rest."""
+    """Yield all of a Stream in contiguous rows of l targets, (B, l + 1), and its shorter rest."""
     starts, count = list(range(0, len(tokens) - 1 - l, l)), max(1, POSITIONS // l)
     for k in range(0, len(starts), count):
         rows = [tokens.read(start, l + 1) for start in starts[k:k + count]]

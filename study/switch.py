@@ -1,6 +1,6 @@
 """What the switch costs: TST's loss minus the baseline's, same seed and step, from runs of run.py.
 
-    python study/switch.py              # every run of "seeds", "r" and "length" that has its baseline
+    python study/switch.py      # every run of "seeds", "r" and "length" that has its baseline
 
 The spike is the difference of the training losses, mean of the first 10 steps after the switch.
 The steps to recover are those from the switch until the validation losses cross for good, on
@@ -37,7 +37,8 @@ def main():
         found = cost(flags)
         if found:
             switch, spike, recovered = found
-            print(f"| `{flags}` | {switch} | {spike:+.2f} | {'never' if recovered is None else recovered} |")
+            after = "never" if recovered is None else recovered
+            print(f"| `{flags}` | {switch} | {spike:+.2f} | {after} |")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def steps_to(loss, baselines):
 
 
 def as_text(worths):
-    """[(w, bound), ...] of several seeds: mean and standard deviation, or all where one is a bound."""
+    """[(w, bound), ...] of several seeds: mean and deviation, or all where one is a bound."""
     if any(bound for _, bound in worths):
         return ", ".join(f"{bound} {w:.2f}".strip() for w, bound in worths)
     values = [w for w, _ in worths]
