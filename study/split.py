@@ -7,11 +7,12 @@ All of the validation split is read, in rows of the run's l targets, or of --seq
     hit       where the token before it occurred earlier in the row, followed by this target
     seen      where it occurred earlier in the row itself, and is no hit
     unseen    else
-and its loss is in nats. "again" is the loss on text just read: of rows spread over the split, the
-first l // 2 tokens and then the same once more, on those of the copy that have another of the
-copy before them, l // 2 - 1 (47 where l is 96). "bpb" is in bits per byte, end-of-text counting
-as no byte: the same bytes for every vocabulary and every l, where the trainer's val_bpb is on at
-most 200,000 tokens spread over the split. What is measured is kept in the run's split.json.
+and its loss is in nats. (Longer rows have more hits.) "again" is the loss on text just read: of
+rows spread over the split, the first l // 2 tokens and then the same once more, on those of the
+copy that have another of the copy before them, l // 2 - 1 (47 where l is 96). "bpb" is in bits
+per byte, end-of-text counting as no byte: the same bytes for every vocabulary and every l, where
+the trainer's val_bpb is on at most 200,000 tokens spread over the split. What is measured is kept
+in the run's split.json.
 """
 import argparse
 import json
@@ -79,6 +80,8 @@ def measure(out, seq_len=None):
         token_bytes[i] = len(token)
 
     l = seq_len or args["seq_len"]
+    if l > args["seq_len"]:
+        fail(f"--seq-len {l}: the model in {out} reads {args['seq_len']} tokens at most")
     every = max(1, len(tokens) // l // AGAIN)       # of the rows, one in so many is read again
     nats, counts = torch.zeros(2, len(KINDS), dtype=torch.float64)
     by_position, row_counts = torch.zeros(2, l, dtype=torch.float64)
