@@ -9,6 +9,7 @@
                 as under bfloat16 on a GPU; all else stays float32
 """
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -49,20 +50,28 @@ class RoundedBlock(model.Block):
         return (x + self.mlp(self.mlp_norm(x))).bfloat16().float()
 
 
-def patch(name):
-    if name == "kv-shift":
-        model.Attention = ShiftedAttention
-    else:
-        model.Block = RoundedBlock
+PATCHES = {"kv-shift": ("Attention", ShiftedAttention), "residual": ("Block", RoundedBlock)}
+
+
+@contextlib.contextmanager
+def patched(name):
+    """Inside, a GPT is built with that patch; None: with none."""
+    part, replacement = PATCHES.get(name, ("GPT", model.GPT))
+    original = getattr(model, part)
+    setattr(model, part, replacement)
+    try:
+        yield
+    finally:
+        setattr(model, part, original)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patch", required=True, choices=["kv-shift", "residual"])
+    parser.add_argument("--patch", required=True, choices=PATCHES)
     args, flags = parser.parse_known_args()
-    patch(args.patch)
-    train_tst.main(flags)
+    with patched(args.patch):
+        train_tst.main(flags)
 
 
 if __name__ == "__main__":

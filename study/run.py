@@ -78,7 +78,8 @@ def folder(flags):
 
 
 def script(flags):
-    return "study/edit.py" if "--edit" in flags else "train_tst.py"
+    names = {"--edit": "study/edit.py", "--patch": "study/patched.py"}
+    return names.get(flags.split()[0], "train_tst.py")
 
 
 def finished(out):
@@ -111,7 +112,7 @@ def chains(runs):
     from train_tst import parse
     found = {}
     for flags in runs:
-        args = None if "--edit" in flags else parse(flags.split())
+        args = parse(flags.split()) if script(flags) == "train_tst.py" else None
         if args is None or args.r > 0:
             found[flags] = [(0, flags)]
         else:
@@ -165,7 +166,7 @@ def train(chain):
             elif flags == chain[0] and len(chain) > 1:
                 python(out, "study/branch.py", *chain)
             else:
-                python(out, "train_tst.py", *flags.split(), *way(out))
+                python(out, script(flags), *flags.split(), *way(out))
         if finished(out) and not (out / "split.json").exists():
             python(out, "study/split.py", flags)
     return [finished(folder(flags)) for flags in chain]
@@ -184,7 +185,7 @@ def test_loss(args, out):
 
     import data
     import train_tst
-    from model import load_model
+    from tools.sample import load_model
     model, _ = load_model(out)
     files = sorted((ROOT / args["data"]).glob("*test*.bin"))
     tokens = data.Stream(files, model.config.vocab_size)
