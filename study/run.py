@@ -4,6 +4,7 @@
     python study/run.py seeds lr                # run them; what is done is skipped, what stopped
                                                 # goes on; a row a run
     python study/run.py seeds --test            # and look at the test split, once, at the end
+    python study/run.py seeds --done            # train nothing: the rows of what is done
 
 A run's folder is runs/study/ and its flags. The same run in two experiments is made once and has
 a row in each. Of baselines that differ in --steps alone only the longest is trained from its
@@ -54,8 +55,31 @@ def both(**flags):
 FIVE = [None, 1, 2, 3, 4]               # seeds
 THREE = FIVE[:3]
 SHRINKING = dict(s="8,4,2", r=0.15)
+WIDE = "--n-head 4 --n-kv-head 4 --n-hidden 256"
 EXPERIMENTS = {
     "seeds": both(seed=FIVE),
+    # tiny by the baseline alone: 270 s on two idle cores, by the time of a step measured alone
+    "search": [f"--s 1 {flags}" for flags in (
+        "--n-layer 2 --steps 3058",
+        f"--n-layer 2 {WIDE} --steps 2718",
+        f"--n-layer 3 {WIDE} --steps 2176",
+        f"--n-layer 3 {WIDE} --lr 6e-3 --steps 2176",
+        f"--n-layer 3 {WIDE} --init-std 0.02 --steps 2176",
+        f"--n-layer 3 {WIDE} --batch-size 16 --steps 3471",
+        f"--n-layer 3 {WIDE} --data data/python-2048 --steps 1649",
+        f"--n-layer 3 {WIDE} --data data/python-4096 --steps 1422",
+        f"--n-layer 4 {WIDE} --seq-len 128 --batch-size 12 --steps 2560",
+        f"--n-layer 4 {WIDE} --seq-len 256 --batch-size 6 --steps 2396",
+        "--n-layer 4 --n-head 4 --n-kv-head 4 --steps 1880",
+        "--n-layer 4 --n-embd 64 --n-head 4 --n-kv-head 4 --n-hidden 192 --steps 2706",
+        "--n-layer 2 --n-embd 128 --n-head 4 --n-kv-head 4 --n-hidden 320 --steps 2317",
+        "--n-layer 3 --n-embd 128 --n-head 4 --n-kv-head 4 --n-hidden 320 --steps 1567")],
+    # how much of TST is copying: tiny as it is, and trunks whose baseline copies
+    "copying": both(seed=THREE) + grid(s=6, r=0.1, seed=THREE) + grid(**SHRINKING, seed=THREE)
+    + grid(patch="kv-shift", s=1, seed=THREE)
+    + grid(patch="kv-shift", s=6, r=[0.2, 0.1], seed=THREE)
+    + grid(patch="kv-shift", **SHRINKING, seed=THREE) + both(n_layer=4, n_head=4, n_kv_head=4)
+    + grid(s=1, seq_len=576, batch_size=5),
     "worth": grid(s=1, steps=[2450, None, 4900, 7000], seed=FIVE),     # 0.7, 1, 1.4 and 2 times n
     "lr": both(lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
@@ -235,6 +259,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS])
     parser.add_argument("--test", action="store_true", help="also compute test_loss")
+    parser.add_argument("--done", action="store_true", help="train nothing")
     args = parser.parse_args()
     if not args.experiments:
         for name, runs in EXPERIMENTS.items():
@@ -243,6 +268,8 @@ def main():
         return
     rows = {key(row): row for row in read_rows()}
     runs = list(dict.fromkeys(flags for name in args.experiments for flags in EXPERIMENTS[name]))
+    if args.done:
+        runs = [flags for flags in runs if finished(folder(flags))]
     make_data(runs)
     work = chains(runs)
     with ThreadPoolExecutor(2) as pool:
