@@ -1,0 +1,96 @@
+"""A pretended GPU: what the code asks of "cuda" happens on the CPU, with CUDA's argument checks.
+
+`with PretendedGPU():` for this process. For several, torchrun runs this file in place of
+train_tst.py and hands its flags on:
+
+    torchrun --nproc_per_node=2 tests/pretend.py --steps 12
+
+Each rank has a GPU of its own index. What is computed is float32, since autocast to bfloat16 on
+"cuda" leaves CPU tensors alone; dtypes, and tensors left on the wrong device, are for fake tensors.
+"""
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.utils import _device
+
+GPUS = 2
+
+
+class PretendedGPU(TorchFunctionMode):
+    """Sends every device argument "cuda..." to the CPU; `current` is the index that was set."""
+
+    def __init__(self):
+        super().__init__()
+        self.current = 0
+        stand_ins = dict(
+            is_available=lambda: True, device_count=lambda: GPUS,
+            current_device=lambda: self.current, set_device=self.set_device,
+            get_device_name=lambda device=None: "NVIDIA H100 80GB HBM3",
+            is_bf16_supported=lambda including_emulation=True: True)
+        self.patches = [mock.patch.object(torch.cuda, name, stand_in)
+                        for name, stand_in in stand_ins.items()]
+        self.patches.append(mock.patch.object(dist, "init_process_group", self.with_gloo))
+        # The mesh is given to its users by name: enter before they are imported
+        self.patches.append(mock.patch.object(dist.device_mesh, "init_device_mesh", self.cpu_mesh))
+
+    def __enter__(self):
+        for patch in self.patches:
+            patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for patch in self.patches:
+            patch.stop()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.device:            # the name alone, which code asks for its type
+            return function(*args, **kwargs)
+        if function is torch.Tensor.pin_memory:
+            return args[0]
+        # `with torch.device(...):` acts below every other mode, so its part is done here
+        default = _device.CURRENT_DEVICE
+        if default and kwargs.get("device") is None and function in _device._device_constructors():
+            kwargs["device"] = default
+        kwargs = {name: self.on_cpu(value) for name, value in kwargs.items()}
+        return function(*map(self.on_cpu, args), **kwargs)
+
+    def on_cpu(self, value):
+        """The CPU for a CUDA device that is there, anything else as it is."""
+        if isinstance(value, str) and value.startswith("cuda"):
+            value = torch.device(value)
+        if not isinstance(value, torch.device) or value.type != "cuda":
+            return value
+        if (value.index or 0) >= GPUS:
+            raise RuntimeError("CUDA error: invalid device ordinal")
+        return torch.device("cpu")
+
+    def set_device(self, device):
+        index = torch.cuda._utils._get_device_index(device)     # refuses one without an index
+        self.on_cpu(torch.device("cuda", index))
+        self.current = index
+
+    @staticmethod
+    def with_gloo(backend, *args, real=dist.init_process_group, **kwargs):
+        assert backend == "cpu:gloo,cuda:nccl"
+        return real("gloo", *args, **kwargs)
+
+    @staticmethod
+    def cpu_mesh(device_type, *args, real=dist.device_mesh.init_device_mesh, **kwargs):
+        assert device_type == "cuda"    # it is given no index
+        return real("cpu", *args, **kwargs)
+
+
+if __name__ == "__main__":
+    with PretendedGPU() as gpu:
+        import train_tst
+        train_tst.main(sys.argv[1:])
+        assert gpu.current == int(os.environ["LOCAL_RANK"])
