@@ -33,10 +33,14 @@ class PretendedGPU(TorchFunctionMode):
             is_available=lambda: True, device_count=lambda: GPUS,
             current_device=lambda: self.current, set_device=self.set_device,
             get_device_name=lambda device=None: "NVIDIA H100 80GB HBM3",
-            is_bf16_supported=lambda including_emulation=True: True)
+            is_bf16_supported=lambda including_emulation=True: True,
+            get_rng_state=lambda device="cuda": torch.empty(0),
+            set_rng_state=lambda state, device="cuda": None)
         self.patches = [mock.patch.object(torch.cuda, name, stand_in)
                         for name, stand_in in stand_ins.items()]
         self.patches.append(mock.patch.object(dist, "init_process_group", self.with_gloo))
+        self.graphs = []                # of torch.compile, as ("block" or "loss", with gradients?)
+        self.patches.append(mock.patch.object(torch, "compile", self.compile))
         # The mesh is given to its users by name: enter before they are imported
         self.patches.append(mock.patch.object(dist.device_mesh, "init_device_mesh", self.cpu_mesh))
 
@@ -52,7 +56,7 @@ class PretendedGPU(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if function is torch.device:            # the name alone, which code asks for its type
+        if function is torch.device:            # only a name until something is put there
             return function(*args, **kwargs)
         if function is torch.Tensor.pin_memory:
             return args[0]
@@ -78,6 +82,21 @@ class PretendedGPU(TorchFunctionMode):
         self.on_cpu(torch.device("cuda", index))
         self.current = index
 
+    def compile(self, function, real=torch.compile, **options):
+        """torch.compile, which runs a graph as it is traced, by PyTorch's own operators."""
+        compiled = real(function, backend=self.count, **options)
+
+        def run(*args, **kwargs):
+            with torch._C.DisableTorchFunction():       # not to be traced: it makes no tensors
+                return compiled(*args, **kwargs)
+        return run
+
+    def count(self, graph, inputs):
+        for kind, mark in (("block", "scaled_dot_product_attention"), ("loss", "amax")):
+            if mark in graph.code:
+                self.graphs.append((kind, torch.is_grad_enabled()))
+        return graph.forward
+
     @staticmethod
     def with_gloo(backend, *args, real=dist.init_process_group, **kwargs):
         assert backend == "cpu:gloo,cuda:nccl"
@@ -93,4 +112,5 @@ if __name__ == "__main__":
     with PretendedGPU() as gpu:
         import train_tst
         train_tst.main(sys.argv[1:])
+        print("graphs", gpu.graphs)
         assert gpu.current == int(os.environ["LOCAL_RANK"])
