@@ -41,6 +41,7 @@ class PretendedGPU(TorchFunctionMode):
         self.patches.append(mock.patch.object(dist, "init_process_group", self.with_gloo))
         self.graphs = []                # of torch.compile, as ("block" or "loss", with gradients?)
         self.patches.append(mock.patch.object(torch, "compile", self.compile))
+        self.patches.append(mock.patch.object(dist, "destroy_process_group", self.destroy))
         # The mesh is given to its users by name: enter before they are imported
         self.patches.append(mock.patch.object(dist.device_mesh, "init_device_mesh", self.cpu_mesh))
 
@@ -103,6 +104,11 @@ class PretendedGPU(TorchFunctionMode):
         return real("gloo", *args, **kwargs)
 
     @staticmethod
+    def destroy(real=dist.destroy_process_group):
+        assert sys.exc_info()[0] is None, "NCCL would wait here for ranks that have ended"
+        real()
+
+    @staticmethod
     def cpu_mesh(device_type, *args, real=dist.device_mesh.init_device_mesh, **kwargs):
         assert device_type == "cuda"    # it is given no index
         return real("cpu", *args, **kwargs)
@@ -111,6 +117,9 @@ class PretendedGPU(TorchFunctionMode):
 if __name__ == "__main__":
     with PretendedGPU() as gpu:
         import train_tst
+        if os.environ.get("RANK_WITHOUT_MEMORY") == os.environ["RANK"]:
+            torch.nn.utils.clip_grad_norm_ = mock.Mock(side_effect=torch.OutOfMemoryError(
+                "CUDA out of memory"))
         train_tst.main(sys.argv[1:])
         print("graphs", gpu.graphs)
         assert gpu.current == int(os.environ["LOCAL_RANK"])
