@@ -162,7 +162,7 @@ def fake(monkeypatch):
     """
     for draw in ("uniform_", "normal_"):            # initial weights, which autograd would see
         monkeypatch.setattr(torch.Tensor, draw, lambda tensor, *args, **kwargs: tensor)
-    with FakeTensorMode(), torch.device("cuda:0"), torch.no_grad(), Calls() as calls:
+    with FakeTensorMode(), torch.no_grad(), Calls() as calls:
         yield calls
     torch.set_autocast_enabled("cuda", False)
 
@@ -174,12 +174,13 @@ def bfloat16_products():
 
 
 def small_gpt():
-    return GPT(Config(2, 32, 4, 2, 48, vocab_size=300, seq_len=16)).requires_grad_(False)
+    with torch.device("cuda:0"):
+        return GPT(Config(2, 32, 4, 2, 48, vocab_size=300, seq_len=16)).requires_grad_(False)
 
 
 def test_products_are_bfloat16_and_losses_and_gradients_float32(fake):
     model = small_gpt()
-    bags = torch.zeros(2, 16, 3, dtype=torch.int64)
+    bags = torch.zeros(2, 16, 3, dtype=torch.int64, device="cuda:0")
     weights = bag_weights("uniform", 3).to("cuda:0")
     bfloat16_products()
     logits, loss = model(bags), model(bags, bags, weights)
@@ -189,17 +190,17 @@ def test_products_are_bfloat16_and_losses_and_gradients_float32(fake):
     for dtype in (torch.bfloat16, torch.float32):           # of the trunk's output
         kept = SimpleNamespace()
         kept.save_for_backward = lambda *tensors: setattr(kept, "saved_tensors", tensors)
-        x = torch.zeros(32, 32, dtype=dtype)
+        x = torch.zeros(32, 32, dtype=dtype, device="cuda:0")
         loss = ChunkedHeadLoss.forward(kept, x, model.head.weight, bags.flatten(0, 1), weights,
                                        True, model.normalise)
-        grad_x, grad_head, *_ = ChunkedHeadLoss.backward(kept, torch.ones(()))
+        grad_x, grad_head, *_ = ChunkedHeadLoss.backward(kept, torch.ones((), device="cuda:0"))
         assert loss.dtype == grad_head.dtype == torch.float32
         assert grad_x.dtype == torch.bfloat16 and grad_x.is_cuda and grad_head.is_cuda
 
 
 def test_attention_has_a_fused_kernel(fake):
     """Flash attention knows GQA, in bfloat16; in float32 there is one that does not."""
-    model, bags = small_gpt(), torch.zeros(2, 16, 1, dtype=torch.int64)
+    model, bags = small_gpt(), torch.zeros(2, 16, 1, dtype=torch.int64, device="cuda:0")
     model(bags)
     bfloat16_products()
     model(bags)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -75,6 +76,20 @@ def test_a_run_leaves_its_log_its_checkpoints_and_what_sampling_needs(run):
         assert set(checkpoint) == {"model", "optimizer", "step", "seconds", "args", "config",
                                    "data"}
         assert checkpoint["step"] == step
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_switch_costs_one_checkpoint_of_two_names(flags, tmp_path, monkeypatch, links):
+    real, saved = torch.save, []
+    monkeypatch.setattr(torch, "save", lambda state, path: (
+        saved.append(state["step"]), real(state, path)))
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError("a disk without links")))
+    out = tmp_path / "run"
+    train_tst.main([*flags, "--eval-every", "12", "--out", str(out)])
+    assert saved == [6, 12]             # 3B takes minutes to write
+    assert models.load_checkpoint(out / "ckpt_switch.pt")["step"] == 6
+    assert models.load_checkpoint(out)["step"] == 12
 
 
 def test_the_start_the_table_and_the_end_are_printed(flags, tmp_path, capsys):
