@@ -1,14 +1,17 @@
-"""What a run will take, before it is paid for: FLOPs, tokens, memory per device, time. Nothing is trained.
+"""What a run will take, before it is paid for: FLOPs, tokens, memory per device, time.
 
-    python tools/plan.py --model 3b --fsdp --devices 8 --gpu h100 --mfu 0.4     # and any flag of train_tst.py
+Nothing is trained. It takes any flag of train_tst.py beside its own:
+
+    python tools/plan.py --model 3b --fsdp --devices 8 --gpu h100 --mfu 0.4
     python tools/plan.py --paper            # the utilisations behind the paper's B200-hours
 
-A micro-batch's memory is measured: the model runs on fake tensors, which have shapes and no storage, and
-`LiveBytes` adds up what is alive. With --compile, the default on a GPU, torch.compile itself picks what the
-blocks keep. The fake device is a CPU, whose eager norms keep more than a GPU's, and below PyTorch 2.13
-perhaps its attention, with the blocks as if eager: there the plan is too high.
-Left out: the CUDA context and workspaces (about 1 GB), NCCL's buffers, the allocator's gaps, and of the time
-evaluations, checkpoints and waiting. The head's loss counts as eager, gradients as always there.
+A micro-batch's memory is measured: the model runs on fake tensors, which have shapes and no
+storage, and `LiveBytes` adds up what is alive. With --compile, the default on a GPU, torch.compile
+itself picks what the blocks keep. The fake device is a CPU, whose eager norms keep more than a
+GPU's, and below PyTorch 2.13 perhaps its attention, with the blocks as if eager: there the plan is
+too high. Left out: the CUDA context and workspaces (about 1 GB), NCCL's buffers, the allocator's
+gaps, and of the time evaluations, checkpoints and waiting. The head's loss counts as eager, and
+gradients as always there.
 """
 import argparse
 import json
@@ -37,15 +40,20 @@ ECHOED = ("devices", "gpu", "mfu", "micro_batch_size", "dtype", "compile", "voca
 
 
 def plan(args):
-    """All of it as a dict, in FLOPs, tokens, bytes and hours (None where no peak is known). args are `parse`'s."""
+    """All of it as a dict, in FLOPs, tokens, bytes and hours (None where no peak is known).
+
+    args are `parse`'s.
+    """
     config = Config(**{name: getattr(args, name) for name in (*SHAPE, "vocab_size")})
     with torch.device("meta"):
         model = GPT(config)
     parameters = sum(p.numel() for p in model.parameters())
-    blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)           # the norms' gains are nothing
-    positions = args.batch_size * args.seq_len                          # that the trunk sees in a step
+    # The norms' gains are nothing
+    blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    positions = args.batch_size * args.seq_len                  # that the trunk sees in a step
     phases = train_tst.bag_phases(args)
-    tokens = [sum(steps * s_in for steps, s_in, _ in part) * positions for part in (phases[:-1], phases[-1:])]
+    tokens = [sum(steps * s_in for steps, s_in, _ in part) * positions
+              for part in (phases[:-1], phases[-1:])]
 
     step_flops = model.flops_per_token() * positions
     flops = step_flops * args.steps
@@ -55,36 +63,46 @@ def plan(args):
     stored, shards, gathered = 4 * parameters, 1, 0                     # float32
     bag = max(((s_in, s_out) for steps, s_in, s_out in phases if steps), key=sum)
     activations = micro_batch_bytes(config, args, bag) - 2 * stored
-    if args.fsdp:       # whole: the tables, and a block with its gradients; autocast's copies of the others do not stay
+    if args.fsdp:
+        # Whole are the tables, and a block with its gradients; autocast's copies of the other
+        # blocks do not stay
         size = 2 if args.dtype == "bfloat16" else 4
         shards, gathered = args.devices, (parameters - blocks + 2 * blocks // config.n_layer) * size
         activations -= 2 * blocks if size == 2 else 0
-    memory = {"weights": stored // shards, "gradients": stored // shards, "optimizer": 2 * stored // shards,
-              "gathered": gathered, "activations": activations}
-    return {"parameters": parameters, "model_flops_per_step": step_flops,
-            "flops": flops, "superposition_tokens": tokens[0], "recovery_tokens": tokens[1],
+    # DDP's buckets are the gradients once they are shared; until the last micro-batch, beside them
+    accumulates = args.batch_size // args.devices > args.micro_batch_size
+    buckets = stored if args.devices > 1 and not args.fsdp and accumulates else 0
+    memory = {"weights": stored // shards, "gradients": stored // shards, "buckets": buckets,
+              "optimizer": 2 * stored // shards, "gathered": gathered, "activations": activations}
+    return {"parameters": parameters, "model_flops_per_step": step_flops, "flops": flops,
+            "superposition_tokens": tokens[0], "recovery_tokens": tokens[1],
             "shards": math.ceil(sum(tokens) / SHARD_TOKENS),
-            "memory_per_device": {**memory, "total": sum(memory.values())}, "checkpoint_bytes": 3 * stored,
+            "memory_per_device": {**memory, "total": sum(memory.values())},
+            "checkpoint_bytes": 3 * stored,
             "hours": gpu_hours and gpu_hours / args.devices, "gpu_hours": gpu_hours,
             **{name: getattr(args, name) for name in ECHOED}}
 
 
 def micro_batch_bytes(config, args, bag):
-    """Peak of weights, gradients and a micro-batch of bags (s_in, s_out), forward and backward, on one device."""
+    """Peak of weights, gradients and a micro-batch's forward and backward, on one device.
+
+    bag: (s_in, s_out).
+    """
     with FakeTensorMode(), LiveBytes() as live:
         model = GPT(config)
         for block in model.blocks:
-            if args.compile:                    # saves what the default backend would
+            if args.compile:            # saves what the default backend would
                 block.compile(backend="aot_eager_decomp_partition", dynamic=False)
-        rows = torch.zeros(args.micro_batch_size, args.seq_len * bag[0] + bag[1], dtype=torch.int64)
-        for _ in range(2):                  # the first makes the gradients, and compiles
+        length = args.seq_len * bag[0] + bag[1]
+        rows = torch.zeros(args.micro_batch_size, length, dtype=torch.int64)
+        for _ in range(2):              # the first makes the gradients, and compiles
             live.peak = 0
             with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 loss = model(*data.bags(rows, *bag))
             loss.backward()
             del loss
 
-    def logits(chunk):      # of `ChunkedHeadLoss`: in float32, and as a product in bfloat16 gives them
+    def logits(chunk):          # of `ChunkedHeadLoss`: in float32, and as a bfloat16 product
         n = min(args.micro_batch_size * args.seq_len, chunk)
         return n * model.head.out_features * (4 + 2 * (args.dtype == "bfloat16"))
 
@@ -92,14 +110,19 @@ def micro_batch_bytes(config, args, bag):
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of all storages that operators made inside and that are still there: `live` now, `peak` at most."""
+    """The bytes of all storages that operators made inside and that are still there.
+
+    `live` now, `peak` at most.
+    """
     live = peak = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and not hasattr(storage, "counted"):             # not a view of one
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if not hasattr(storage, "counted"):             # not a view of one
                 storage.counted = True
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
@@ -115,12 +138,16 @@ class LiveBytes(TorchDispatchMode):
 
 
 def paper():
-    """{model: utilisation} behind the paper's B200-hours, for steps of 2^21 s-tokens, its vocabulary, and l = 2,048."""
+    """{model: utilisation} behind the paper's B200-hours.
+
+    For steps of 2^21 s-tokens, its vocabulary, and l = 2,048, which it does not give.
+    """
     found = {}
     for name, (hours, trunk) in PAPER.items():
-        with torch.device("meta"):          # the paper does not give l
+        with torch.device("meta"):
             model = GPT(replace(PRESETS[name], vocab_size=128_256, seq_len=2048, **trunk))
-        found[name] = model.flops_per_token() * 2 ** 21 * 20_000 / (hours * 3600 * PEAK_FLOPS["B200"])
+        flops = model.flops_per_token() * 2 ** 21 * 20_000
+        found[name] = flops / (hours * 3600 * PEAK_FLOPS["B200"])
     return found
 
 
@@ -133,7 +160,8 @@ def parse(argv=None):
     ours.add_argument("--devices", type=int, default=1, help="processes, one a GPU (default: 1)")
     ours.add_argument("--gpu", type=str.upper, choices=PEAK_FLOPS, default="H100",
                       help="(default: H100)")
-    ours.add_argument("--mfu", type=float, default=0.4, help="utilisation of its peak (default: 0.4)")
+    ours.add_argument("--mfu", type=float, default=0.4,
+                      help="utilisation of its peak (default: 0.4)")
     ours.add_argument("--vocab-size", type=int, help="(default: that of --data, or GPT-2's)")
     ours.add_argument("--json", action="store_true", help="print one object, memory in bytes")
     ours.add_argument("--paper", action="store_true",
