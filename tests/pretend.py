@@ -93,9 +93,9 @@ class PretendedGPU(TorchFunctionMode):
         return run
 
     def count(self, graph, inputs):
-        for kind, mark in (("block", "scaled_dot_product_attention"), ("loss", "amax")):
-            if mark in graph.code:
-                self.graphs.append((kind, torch.is_grad_enabled()))
+        of_block = "scaled_dot_product_attention" in graph.code or "silu" in graph.code
+        if of_block or "amax" in graph.code:            # not the line that tries the compiler
+            self.graphs.append(("block" if of_block else "loss", torch.is_grad_enabled()))
         return graph.forward
 
     @staticmethod

@@ -118,7 +118,7 @@ def test_the_others_do_not_wait_for_a_gpu_that_ran_out_of_memory(flags, tmp_path
     done = torchrun(*flags, "--no-compile", "--out", str(tmp_path / "run"),
                     RANK_WITHOUT_MEMORY="1")
     assert done.returncode != 0 and "NCCL would wait" not in done.stderr
-    assert "--micro-batch-size 4 does not fit on the device: try --micro-batch-size 2" in done.stderr
+    assert "size 4 does not fit on the device: try --micro-batch-size 2" in done.stderr
 
 
 def test_a_gpu_is_taken_by_its_index_and_one_that_is_not_there_is_named(
