@@ -107,6 +107,24 @@ def superposition(args):
               f"{again} of {before} graphs were compiled again")
 
 
+def whole(args):
+    """The baseline's step against the same GPT compiled in one piece, logits and all.
+
+    That is nanoGPT's way.
+    """
+    if "compiled" not in args.kinds:
+        return
+    steps = {"ours": trainer(args, *ours(args, "compiled"))}
+    with torch.device(args.device):
+        model = GPT(args.config)
+    in_one = torch.compile(lambda inputs, targets: multi_hot_cross_entropy(model(inputs), targets),
+                           dynamic=False)
+    steps["whole"] = trainer(args, model, lambda inputs, targets, s: in_one(inputs, targets))
+    times = race(args, {name: lambda step=step: step(1) for name, step in steps.items()})
+    print("  whole: our tokens per second / those of the model compiled whole: "
+          f"{ratio(times, 'whole', 'ours')}")
+
+
 def loss(args):
     """The head and its loss, forward and backward: ours against others, in time and memory."""
     rows, d, s = -(-args.config.vocab_size // 64) * 64, args.config.n_embd, args.s
@@ -120,19 +138,22 @@ def loss(args):
     def z(x):
         return F.linear(x, head).float()
 
+    def chunked(part):
+        return lambda x, y: ChunkedHeadLoss.apply(x, head, y, weights, True, part)
+
     plain = "cross-entropy with s = 1"
     losses = {
         plain: lambda x, y: F.cross_entropy(z(x), y[:, 0]),
         "the paper's listing": lambda x, y: listing(F.cross_entropy, z(x), y),
         "PatchTrain's": lambda x, y: listing(F.nll_loss, z(x).log_softmax(-1), y),
         "multi_hot_cross_entropy": lambda x, y: multi_hot_cross_entropy(z(x), y),
-        "ChunkedHeadLoss": lambda x, y: ChunkedHeadLoss.apply(x, head, y, weights, True, normalise)}
+        "ChunkedHeadLoss": chunked(normalise)}
 
     def forward_backward(f, n):
+        x.grad = head.grad = None
         with args.autocast():
             value = f(x[:n], y[:n])
         value.backward()
-        x.grad = head.grad = None
 
     print(f"  loss with the head, s = {s}: time of {n:,} positions, memory of {most:,} in their "
           "float32 logits")
@@ -140,12 +161,12 @@ def loss(args):
         made = dict(losses)
         if kind == "compiled":
             made = {name: torch.compile(f, dynamic=False) for name, f in losses.items()}
-            made["ChunkedHeadLoss"] = losses["ChunkedHeadLoss"]         # ours is never compiled
+            made["ChunkedHeadLoss"] = chunked(torch.compile(normalise))         # as in training
         times = race(args, {name: lambda f=f: forward_backward(f, n) for name, f in made.items()})
-        for name, f in made.items():
-            logits = peak_memory(args, lambda: forward_backward(f, most)) / (4 * most * rows)
+        for name in times:
+            peak = peak_memory(args, lambda: forward_backward(made[name], most))
             print(f"  loss, {kind}, {name} / {plain}: {ratio(times, name, plain)}, "
-                  f"peak memory {logits:.2f} logits")
+                  f"peak memory {peak / (4 * most * rows):.2f} logits")
 
 
 def listing(f, z, y):
@@ -199,16 +220,29 @@ def floor(args):
         for name, what in (("step", "whole step"), ("passes", "forward and backward")):
             print(f"  floor, {kind}, FLOP/s of the {what} / of the matrix products alone: "
                   f"{ratio(times, 'products', name, flops)}")
-        with torch.profiler.profile() as profile:
-            step(1), step(1), step(1)
-        key = "self_device_time_total" if args.device != "cpu" else "self_cpu_time_total"
-        ops = sorted(profile.key_averages(), key=lambda op: -getattr(op, key))
-        total = sum(getattr(op, key) for op in ops)
-        print("    time: " + ", ".join(f"{op.key[:40]} {getattr(op, key) / total:.0%}"
-                                       for op in ops[:10]))
+        if "step" in times:
+            with torch.profiler.profile() as profile:
+                step(1), step(1), step(1)
+            spent = spent_by(profile.key_averages(), args.device)
+            total = sum(spent.values())
+            print("    time: " + ", ".join(f"{name[:40]} {spent[name] / total:.0%}"
+                                           for name in sorted(spent, key=spent.get)[:-11:-1]))
 
 
-PARTS = {"step": superposition, "loss": loss, "llama": llama, "floor": floor}
+def spent_by(events, device):
+    """{name: time} of a profile's averages, each moment in one of them.
+
+    On a GPU its kernels alone: to an operator PyTorch counts the kernels that it launched, and to
+    an annotation those under it, so with them each kernel would count again.
+    """
+    if device == "cpu":
+        return {event.key: event.self_cpu_time_total for event in events}
+    return {event.key: event.self_device_time_total for event in events
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and not event.is_user_annotation}
+
+
+PARTS = {"step": superposition, "whole": whole, "loss": loss, "llama": llama, "floor": floor}
 
 
 # Their tools
@@ -226,6 +260,7 @@ def ours(args, kind):
     if kind == "compiled":
         for block in model.blocks:
             block.compile(dynamic=False)
+        model.normalise = torch.compile(model.normalise)
     weights = {s: bag_weights("uniform", s).to(args.device) for s in {*SIZES, args.s}}
     return model, lambda inputs, targets, s: model(inputs, targets, weights[s])
 
@@ -279,23 +314,32 @@ def timed(args, run, repeat=1, clock=None):
 
 
 def race(args, contestants):
-    """{name: function} -> {name: seconds in each round}.
+    """{name: function} -> {name: seconds in each round} of those that fit in memory.
 
-    Everyone once a round, in turned order every second round.
+    Everyone once a round, in turned order every second round. Who does not fit is a line.
     """
-    for run in contestants.values():
-        run()                                                           # compiles
-    once = [timed(args, run) for run in contestants.values()]
-    repeat = max(1, round(0.1 / min(once)))
-    rounds = max(ROUNDS, round(SECONDS / sum(once) / repeat))
-    times = {name: [] for name in contestants}
+    fit = {}
+    for name, run in contestants.items():
+        try:
+            run()                                                       # compiles
+            fit[name] = run
+        except torch.OutOfMemoryError:
+            print(f"  {name} does not fit in the device's memory")
+        if args.device == "cuda":               # out of the clause: its error holds tensors
+            torch.cuda.empty_cache()
+    once = [timed(args, run) for run in fit.values()]
+    repeat = max(1, round(0.1 / min(once, default=1)))
+    rounds = max(ROUNDS, round(SECONDS / sum(once) / repeat)) if fit else 0
+    times = {name: [] for name in fit}
     for k in range(rounds):
-        for name in list(contestants)[::1 if k % 2 else -1]:
-            times[name].append(timed(args, contestants[name], repeat))
+        for name in list(fit)[::1 if k % 2 else -1]:
+            times[name].append(timed(args, fit[name], repeat))
     return times
 
 
 def ratio(times, a, b, scale=1.0):
+    if not {a, b} <= set(times):
+        return "none, one of the two does not fit"
     ratios = [scale * x / y for x, y in zip(times[a], times[b])]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"

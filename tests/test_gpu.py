@@ -11,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,6 +131,24 @@ def test_a_gpu_is_taken_by_its_index_and_one_that_is_not_there_is_named(
     assert end.value.code == 2 and "--device cuda:2 is not on this" in capsys.readouterr().err
     train_tst.main([*words, "--device", "cuda:1"])
     assert gpu.current == 1
+
+
+def test_the_benchmark_counts_a_kernel_once_and_goes_on_without_what_does_not_fit(
+        monkeypatch, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "what the import says")
+    from study import bench
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [SimpleNamespace(key=key, device_type=device, self_device_time_total=5.0,
+                              is_user_annotation=key == "step")
+              for key, device in (("aten::mm", cpu), ("gemm", cuda), ("step", cuda))]
+    assert bench.spent_by(events, "cuda") == {"gemm": 5.0}
+
+    monkeypatch.setattr(bench, "SECONDS", 0)
+    args = SimpleNamespace(device="cpu", clock=time.perf_counter)
+    times = bench.race(args, {"listing": Mock(side_effect=torch.OutOfMemoryError("CUDA")),
+                              "ours": lambda: time.sleep(0.01)})
+    assert "listing does not fit" in capsys.readouterr().out
+    assert len(times["ours"]) == 5 and "does not fit" in bench.ratio(times, "listing", "ours")
 
 
 # Fake tensors
