@@ -24,11 +24,16 @@ GPUS = 2
 
 
 class PretendedGPU(TorchFunctionMode):
-    """Sends every device argument "cuda..." to the CPU; `current` is the index that was set."""
+    """Sends every device argument "cuda..." to the CPU.
+
+    `current` is the index that was set, `graphs` are those of torch.compile, each as ("block" or
+    "loss", with gradients?).
+    """
 
     def __init__(self):
         super().__init__()
         self.current = 0
+        self.graphs = []
         stand_ins = dict(
             is_available=lambda: True, device_count=lambda: GPUS,
             current_device=lambda: self.current, set_device=self.set_device,
@@ -38,12 +43,13 @@ class PretendedGPU(TorchFunctionMode):
             set_rng_state=lambda state, device="cuda": None)
         self.patches = [mock.patch.object(torch.cuda, name, stand_in)
                         for name, stand_in in stand_ins.items()]
-        self.patches.append(mock.patch.object(dist, "init_process_group", self.with_gloo))
-        self.graphs = []                # of torch.compile, as ("block" or "loss", with gradients?)
-        self.patches.append(mock.patch.object(torch, "compile", self.compile))
-        self.patches.append(mock.patch.object(dist, "destroy_process_group", self.destroy))
-        # The mesh is given to its users by name: enter before they are imported
-        self.patches.append(mock.patch.object(dist.device_mesh, "init_device_mesh", self.cpu_mesh))
+        self.patches += [
+            mock.patch.object(torch, "set_float32_matmul_precision"),   # it is the CPU's too
+            mock.patch.object(torch, "compile", self.compile),
+            mock.patch.object(dist, "init_process_group", self.with_gloo),
+            mock.patch.object(dist, "destroy_process_group", self.destroy),
+            # Its users take it by name, so be there before they are imported
+            mock.patch.object(dist.device_mesh, "init_device_mesh", self.cpu_mesh)]
 
     def __enter__(self):
         for patch in self.patches:
