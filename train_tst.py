@@ -202,7 +202,7 @@ def train(args, argv=None):
             group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=wrapped is model)       # DDP's stay views of its buckets
 
         # Log, evaluate, save. The numbers are read once a step, the only wait for the device
         report = torch.stack((loss, torch.full_like(loss, len(stop))))

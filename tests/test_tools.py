@@ -95,20 +95,6 @@ def test_the_plan_counts_what_the_run_reads(capsys, monkeypatch):
     assert found["recovery_tokens"] == 2800 * 32 * 96
 
 
-def test_the_plan_counts_ddps_buckets_beside_gradients_that_accumulate(monkeypatch):
-    monkeypatch.setattr(train_tst, "WORLD", 1)
-
-    def plan_of(*words):
-        return plan.plan(plan.parse(["--model", "tiny", "--dtype", "float32", "--no-compile",
-                                     "--devices", "2", "--batch-size", "8", *words]))
-
-    one, several = plan_of("--micro-batch-size", "4"), plan_of("--micro-batch-size", "2")
-    assert one["memory_per_device"]["buckets"] == 0
-    assert several["memory_per_device"]["buckets"] == 4 * several["parameters"]
-    sharded = plan_of("--micro-batch-size", "2", "--fsdp")["memory_per_device"]
-    assert sharded["buckets"] == 0 and sharded["weights"] == 2 * several["parameters"]
-
-
 def test_fineweb_downloads_what_is_missing_and_mixes_nothing(tmp_path, monkeypatch, capsys):
     hub = pytest.importorskip("huggingface_hub")
     asked = []

@@ -190,6 +190,29 @@ def test_two_processes_train_as_one_does_and_one_goes_on(run, flags, tmp_path, m
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
+def test_ddp_keeps_one_copy_of_the_gradients(flags, tmp_path):
+    """They stay views of its buckets, or those of the first micro-batches come beside them."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, data, train_tst
+clip, bags, seen = torch.nn.utils.clip_grad_norm_, data.bags, []
+def noting(parameters, most):
+    seen[:] = parameters
+    return clip(seen, most)
+def checking(rows, s_in, s_out):
+    assert all(p.grad is not None for p in seen), "the next ones would be new tensors"
+    return bags(rows, s_in, s_out)
+torch.nn.utils.clip_grad_norm_, data.bags = noting, checking
+train_tst.main(sys.argv[1:])
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--", str(script), *flags, "--micro-batch-size", "2", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 # Bad input
 
 @pytest.mark.parametrize("words, said", [

@@ -69,10 +69,7 @@ def plan(args):
         size = 2 if args.dtype == "bfloat16" else 4
         shards, gathered = args.devices, (parameters - blocks + 2 * blocks // config.n_layer) * size
         activations -= 2 * blocks if size == 2 else 0
-    # DDP's buckets are the gradients once they are shared; until the last micro-batch, beside them
-    accumulates = args.batch_size // args.devices > args.micro_batch_size
-    buckets = stored if args.devices > 1 and not args.fsdp and accumulates else 0
-    memory = {"weights": stored // shards, "gradients": stored // shards, "buckets": buckets,
+    memory = {"weights": stored // shards, "gradients": stored // shards,   # DDP's buckets too
               "optimizer": 2 * stored // shards, "gathered": gathered, "activations": activations}
     return {"parameters": parameters, "model_flops_per_step": step_flops, "flops": flops,
             "superposition_tokens": tokens[0], "recovery_tokens": tokens[1],
