@@ -1,11 +1,11 @@
 """A Llama-style GPT that reads and predicts bags of tokens.
 
-RMSNorm, RoPE, grouped-query attention (GQA), SwiGLU, no biases, untied embedding and head.
+RMSNorm, RoPE, grouped-query attention (GQA), SwiGLU or several (`MoE`), no biases, untied tables.
 Token superposition adds two short functions, `bag_average` and `multi_hot_cross_entropy`; it
 adds no parameter and no buffer, and with bags of one token the model is an ordinary GPT.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,11 @@ class Config:
     n_embd: int                         # d, the width of the residual stream
     n_head: int
     n_kv_head: int
-    n_hidden: int                       # width of the SwiGLU
+    n_hidden: int                       # width of the SwiGLU, of each one in a mixture of experts
+    n_expert: int = 0                   # SwiGLUs of a layer, see MoE; 0: one, which all tokens use
+    n_active: int = 2                   # experts that a token uses, where there are experts
+    head_dim: int = 0                   # width of a head; 0: n_embd / n_head
+    qk_norm: bool = False               # RMSNorm of each head's queries and keys, as in Qwen3
     rope_theta: float = 500_000.0
     init_std: float = 0.02              # of the blocks' initial weights
     vocab_size: int = 50_257            # tokens that exist; tables are padded to a multiple of 64
@@ -33,7 +37,10 @@ PRESETS = {
     "270m": Config(30, 768, 12, 4, 2048),
     "600m": Config(32, 1152, 18, 6, 3072),
     "3b": Config(36, 2048, 16, 4, 11008),
+    "10b-a1b": Config(32, 1536, 24, 4, 512, n_expert=128, n_active=8, head_dim=128, qk_norm=True,
+                      rope_theta=50_000.0, seq_len=4096),
 }
+PRESETS["tiny-moe"] = replace(PRESETS["tiny"], n_expert=8)
 
 
 def bag_average(table, bags):
@@ -76,27 +83,32 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, rows, bias=False)
         self.normalise = normalise      # the head's part of the loss that is worth compiling
-        cos, sin = rope_table(config.seq_len, config.n_embd // config.n_head, config.rope_theta)
+        head_dim = self.blocks[0].attention.head_dim
+        cos, sin = rope_table(config.seq_len, head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 std = config.init_std if name.startswith("blocks") else 0.02
-                if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                if name.endswith(("attention.out.weight", "mlp.down.weight", "mlp.down")):
                     std /= math.sqrt(2 * config.n_layer)    # as many add up in the residual stream
                 nn.init.normal_(p, std=std)
 
     def forward(self, bags, targets=None, weights=None):
         """bags (B, l, s) integer -> logits (B, l, V), or with targets (B, l, s) the scalar loss.
 
-        V is vocab_size, padded; the padding is never a target. weights as `bag_weights`.
+        V is vocab_size, padded; the padding is never a target. weights as `bag_weights`. It leaves
+        the mean load of the layers' experts in `self.load`, see MoE; a dense model's is zero.
         """
         x = bag_average(self.embedding.weight, bags)                    # (B, l, d)
         if torch.is_autocast_enabled(x.device.type):    # the residual stream too: half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
         cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
+        loads = []
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x, load = block(x, cos, sin)
+            loads.append(load)
+        self.load = torch.stack(loads).mean(0)
         x = self.norm(x)
         if targets is None:
             return self.head(x)
@@ -110,13 +122,19 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Model FLOPs of a training step per position, forward and backward, whatever s is.
 
-        6 per weight in a matrix product, and 12 l d per layer for the attention products over
-        all l positions (the causal half is not discounted).
+        6 per weight in a matrix product, and 12 l per layer and column of the queries for the
+        attention products over all l positions (the causal half is not discounted).
         """
         c = self.config
-        matrices = sum(p.numel() for p in self.parameters() if p.ndim > 1)
+        matrices = sum(self.active(p) for p in self.parameters() if p.ndim > 1)
         weights = matrices - self.embedding.weight.numel()              # that table is looked up
-        return 6 * weights + 12 * c.n_layer * c.n_embd * c.seq_len
+        columns = c.n_head * self.blocks[0].attention.head_dim
+        return 6 * weights + 12 * c.n_layer * columns * c.seq_len
+
+    def active(self, p):
+        """How many numbers of parameter p a token uses: all, or of the experts' n_active / E."""
+        c, n = self.config, p.numel()
+        return n * c.n_active // c.n_expert if p.ndim == 3 else n
 
 
 class Block(nn.Module):
@@ -125,11 +143,12 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.n_embd)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.n_embd)
-        self.mlp = SwiGLU(config)
+        self.mlp = MoE(config) if config.n_expert else SwiGLU(config)
 
     def forward(self, x, cos, sin):                                     # (B, l, d)
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.mlp(self.mlp_norm(x))
+        y, load = self.mlp(self.mlp_norm(x))
+        return x + y, load
 
 
 class Attention(nn.Module):
@@ -138,15 +157,18 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim = config.head_dim or config.n_embd // config.n_head
         heads = self.n_head + 2 * self.n_kv_head
         self.qkv = nn.Linear(config.n_embd, heads * self.head_dim, bias=False)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.out = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x, cos, sin):
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
-        q, k = rope(qk, cos, sin).split((self.n_head, self.n_kv_head), dim=1)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        q = rope(self.q_norm(q), cos, sin).type_as(v)       # autocast leaves a norm in float32
+        k = rope(self.k_norm(k), cos, sin).type_as(v)
         if q.is_cuda and q.dtype == torch.float32:  # where no fused kernel knows GQA, and the
             repeats = self.n_head // self.n_kv_head     # other one keeps every attention matrix
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
@@ -163,7 +185,67 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate) * up), x.new_zeros(2)             # no experts, no load
+
+
+class MoE(nn.Module):
+    """A mixture of experts: E SwiGLUs in place of one, of which a token uses k (arXiv 2101.03961).
+
+    So a layer holds many weights, and a token costs few. The router gives a token a probability
+    for each expert. The k likeliest compute; their outputs are added in proportion to these
+    probabilities, which is how the router learns: a choice has no gradient, a proportion has one.
+
+    A token and an expert of its choice are a slot. Sorted by expert, the slots of an expert are
+    neighbouring rows, so that it computes them in one product and nothing else.
+
+    Left alone, a router favours the experts that are ahead, which then learn even more. Against
+    that stands the balance loss, E * sum over experts of (share of slots) * (mean probability):
+    1 if all are used alike, up to E / k; its gradient lowers the probabilities of the busy ones.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_active, n, d, h = config.n_active, config.n_expert, config.n_embd, config.n_hidden
+        self.router = nn.Linear(d, n, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(n, 2 * h, d))
+        self.down = nn.Parameter(torch.empty(n, d, h))
+
+    def forward(self, x):
+        """x (B, l, d) -> (B, l, d), and the load (2,): balance loss, largest expert's share."""
+        tokens = x.flatten(0, 1)                                        # (N, d), N = B l
+        logits = self.router(tokens)                                    # (N, E)
+        p = at_least_float32(logits).softmax(1)
+        weight, expert = p.topk(self.n_active)                          # (N, k)
+        weight = weight / weight.sum(1, keepdim=True)
+        expert, slot = expert.flatten().sort(stable=True)               # (N k)
+        token = slot // self.n_active
+        counts = F.one_hot(expert, p.size(1)).sum(0)                    # (E,), slots of each expert
+
+        low = logits.dtype              # bfloat16 under autocast, which overlooks what follows
+        gate_up, down = self.gate_up.to(low), self.down.to(low)
+        gate, up = expert_products(tokens.to(low)[token], gate_up, counts).chunk(2, dim=1)
+        y = expert_products(F.silu(gate) * up, down, counts)            # (N k, d)
+        y = y * weight.flatten()[slot].unsqueeze(1)
+        y = torch.zeros_like(tokens, dtype=y.dtype).index_add(0, token, y)
+
+        share = counts.to(p) / len(slot)
+        balance = p.size(1) * (share * p.mean(0)).sum()
+        return y.to(low).view_as(x), torch.stack((balance, share.max()))
+
+
+def expert_products(x, weights, counts):
+    """x (n, in), sorted by expert, times weights (E, out, in) -> (n, out); counts (E,) of rows."""
+    aligned = x.size(1) % 8 == weights.size(1) % 8 == 0                 # rows of 16 bytes
+    if x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):  # PyTorch 2.10
+        ends = counts.cumsum(0).to(torch.int32)                         # stays on the device
+        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    return loop_over_experts(x, weights, counts)
+
+
+@torch.compiler.disable                 # which would compile again for every other count
+def loop_over_experts(x, weights, counts):
+    rows = x.split(counts.tolist())
+    return torch.cat([F.linear(part, weight) for part, weight in zip(rows, weights)])
 
 
 class RMSNorm(nn.RMSNorm):

@@ -46,12 +46,16 @@ RECIPES = {
     "270m": dict(FINEWEB, lr=1e-3, micro_batch_size=16),
     "600m": dict(FINEWEB, lr=5e-4, micro_batch_size=8),
     "3b": dict(FINEWEB, lr=1e-4, micro_batch_size=4),
+    "10b-a1b": dict(FINEWEB, s=[16], r=0.25, steps=49_983, batch_size=2048, lr=3e-4,
+                    micro_batch_size=1),
 }
+RECIPES["tiny-moe"] = RECIPES["tiny"]
 SHAPE = {field.name: field.type for field in fields(Config) if field.name != "vocab_size"}
 MAY_CHANGE = ("resume", "out", "data", "device", "dtype", "compile", "fsdp", "micro_batch_size",
               "eval_every", "save_every")                       # when a run goes on
 BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
-VAL_TOKENS = {"tiny": 200_000}          # that an evaluation reads at most; elsewhere 10 million
+BALANCE = 1e-3                          # of the experts' balance loss, times n_active, as Qwen3's
+VAL_TOKENS = {"tiny": 200_000, "tiny-moe": 200_000}     # of an evaluation; elsewhere 10 million
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "4090": 165e12}           # dense bfloat16, as their maker states them
 
@@ -182,7 +186,7 @@ def train(args, argv=None):
         # from it on bags of one, (1, 1). Nothing else changes (paper: the two phases).
         s_in, s_out = sizes[step]
         weights = bag_weights(args.weighting, s_out).to(device)
-        loss = torch.zeros((), device=device)
+        loss, load = torch.zeros((), device=device), torch.zeros(2, device=device)
         for i in range(0, share, micro):
             rows = batches.rows(step, RANK * share + i, micro)  # (micro, l * s_in + s_out)
             if device.type == "cuda":
@@ -193,8 +197,10 @@ def train(args, argv=None):
             with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
                 with autocast:
                     part = wrapped(inputs, targets, weights) / (share // micro)
-                part.backward()
+                    part_load = model.load / (share // micro)       # of experts; zero if dense
+                (part + BALANCE * config.n_active * part_load[0]).backward()
             loss += part.detach()
+            load += part_load.detach()
 
         # Update
         lr = learning_rate(args, step)
@@ -205,10 +211,10 @@ def train(args, argv=None):
         optimizer.zero_grad(set_to_none=wrapped is model)       # DDP's stay views of its buckets
 
         # Log, evaluate, save. The numbers are read once a step, the only wait for the device
-        report = torch.stack((loss, torch.full_like(loss, len(stop))))
+        report = torch.stack((loss, torch.full_like(loss, len(stop)), *load))
         if WORLD > 1:
             dist.all_reduce(report)                             # all ranks stop after the same step
-        mean_loss, stops = (report / WORLD).tolist()
+        mean_loss, stops, balance, largest_share = (report / WORLD).tolist()
         norm = (norm.full_tensor() if sharded else norm).item()
         done, tokens = step + 1, tokens + positions * s_in
         if not math.isfinite(mean_loss + norm):
@@ -219,6 +225,8 @@ def train(args, argv=None):
                  "s": max(s_in, s_out), "loss": mean_loss, "lr": lr, "val_loss": None,
                  "val_bpb": None, "tokens": tokens, "s_tokens": positions * done,
                  "seconds": seconds}
+        if config.n_expert:
+            entry |= {"balance": balance, "largest_share": largest_share}
         if done == args.steps or done % args.eval_every == 0 and not stops:
             entry["val_loss"], entry["val_bpb"] = evaluate(
                 model, val_tokens, encoding, args, device, autocast)
@@ -263,8 +271,11 @@ def make_parser():
     add("--weighting", str, "of a target's tokens: 1, 1/i, exp(-i), the first alone",
         choices=("uniform", "power", "exp", "first"), default="uniform")
     add("--model", str, "preset; 270m where CUDA and data/fineweb are", choices=tuple(PRESETS))
+    switch = argparse.BooleanOptionalAction
     for name, kind in SHAPE.items():
-        add(as_flag(name), kind, "shape of the model, see Config in model.py")
+        how = {"action": switch} if kind is bool else {"type": kind}
+        parser.add_argument(as_flag(name), **how, help="shape of the model, see Config in model.py "
+                                                       "(default: %(default)s)")
     add("--data", str, "folder of token shards; data/python is the built-in corpus")
     add("--steps", int, "optimizer steps, both phases together")
     add("--batch-size", int, "rows per step, all processes together")
@@ -279,7 +290,6 @@ def make_parser():
     add("--out", str, "the run's folder; if None runs/MODEL-sS-rR-seedSEED")
     add("--eval-every", int, "steps between evaluations, each of which also saves", default=500)
     add("--save-every", int, "steps between checkpoints", default=500)
-    switch = argparse.BooleanOptionalAction
     parser.add_argument("--compile", action=switch, help="torch.compile (default: on CUDA)")
     parser.add_argument("--fsdp", action=switch, default=False, help="shard over the processes")
     parser.add_argument("--resume", action="store_true", help="go on with the run, or start it")
@@ -329,13 +339,16 @@ def default_preset(device):
 def check(args):
     """SystemExit(2) with one line on numbers that do not fit, alone or together."""
     for name, value in vars(args).items():
-        low = 0 if name in ("seed", "warmup_steps") else 1
+        low = 0 if name in ("seed", "warmup_steps", "n_expert", "head_dim") else 1
         if type(value) is int and value < low or type(value) is float and not 0 <= value < math.inf:
             fail(f"{as_flag(name)} {value}: give a number from {low} on")
     for wrong, message in (
             (args.r > 1, f"--r {args.r}: give a fraction of the steps, from 0 to 1"),
-            (args.n_embd % args.n_head or args.n_embd // args.n_head % 2,
+            (not args.head_dim and (args.n_embd % args.n_head or args.n_embd // args.n_head % 2),
              f"--n-head {args.n_head} does not cut --n-embd {args.n_embd} into even widths"),
+            (args.head_dim % 2, f"--head-dim {args.head_dim}: give an even number, or 0"),
+            (0 < args.n_expert < args.n_active,
+             f"--n-active {args.n_active} is more than --n-expert {args.n_expert}"),
             (args.n_head % args.n_kv_head,
              f"--n-kv-head {args.n_kv_head} does not divide --n-head {args.n_head}"),
             (args.batch_size % WORLD,
