@@ -47,7 +47,8 @@ class ShiftedAttention(model.Attention):
 class RoundedBlock(model.Block):
     def forward(self, x, cos, sin):
         x = (x + self.attention(self.attention_norm(x), cos, sin)).bfloat16().float()
-        return (x + self.mlp(self.mlp_norm(x))).bfloat16().float()
+        y, load = self.mlp(self.mlp_norm(x))
+        return (x + y).bfloat16().float(), load
 
 
 PATCHES = {"kv-shift": ("Attention", ShiftedAttention), "residual": ("Block", RoundedBlock)}

@@ -13,25 +13,36 @@ from data import END_OF_TEXT, fail
 from tools.sample import load_model
 
 
-def llama(model, end):
-    """A GPT as transformers' LlamaForCausalLM with the same logits; end: id of end-of-text or None.
+def hugging_face(model, end):
+    """A GPT as transformers' Llama or Qwen3-MoE, same logits; end: id of end-of-text or None.
 
-    Its tables have vocab_size rows: the padding is cut.
+    Its tables have vocab_size rows: the padding is cut. SystemExit(2) if it is neither.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
     c, vocabulary = model.config, slice(model.config.vocab_size)
-    theirs = LlamaForCausalLM(LlamaConfig(
+    if bool(c.n_expert) != c.qk_norm:
+        fail("Hugging Face has Llama, without qk_norm, and Qwen3-MoE, with it; this model is neither")
+    if c.n_expert and int(transformers.__version__.split(".")[0]) < 5:
+        fail("a mixture of experts wants transformers 5: pip install -U transformers")
+    shape = dict(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        max_position_embeddings=c.seq_len, rope_theta=c.rope_theta, rms_norm_eps=model.norm.eps,
-        tie_word_embeddings=False, bos_token_id=end, eos_token_id=end))
-    weights = {"model.embed_tokens": model.embedding.weight[vocabulary],
-               "model.norm": model.norm.weight,
-               "lm_head": model.head.weight[vocabulary]}
+        head_dim=model.blocks[0].attention.head_dim, max_position_embeddings=c.seq_len,
+        rope_theta=c.rope_theta, rms_norm_eps=model.norm.eps, tie_word_embeddings=False,
+        bos_token_id=end, eos_token_id=end)
+    if c.n_expert:
+        theirs = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+            **shape, moe_intermediate_size=c.n_hidden, num_experts=c.n_expert,
+            num_experts_per_tok=c.n_active, norm_topk_prob=True))
+    else:
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    weights = {"model.embed_tokens.weight": model.embedding.weight[vocabulary],
+               "model.norm.weight": model.norm.weight,
+               "lm_head.weight": model.head.weight[vocabulary]}
     for i, block in enumerate(model.blocks):
-        layer = attention_weights(block) | mlp_weights(block)
+        layer = attention_weights(block) | (moe_weights if c.n_expert else mlp_weights)(block)
         weights |= {f"model.layers.{i}.{name}": weight for name, weight in layer.items()}
-    theirs.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()})
+    theirs.load_state_dict(weights)
     return theirs
 
 
@@ -39,15 +50,22 @@ def attention_weights(block):
     attention = block.attention
     heads = (attention.n_head, attention.n_kv_head, attention.n_kv_head)
     q, k, v = attention.qkv.weight.split([n * attention.head_dim for n in heads])
-    return {"input_layernorm": block.attention_norm.weight,
-            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-            "self_attn.o_proj": attention.out.weight}
+    norms = {f"self_attn.{name}": p for name, p in attention.named_parameters() if "norm" in name}
+    return {"input_layernorm.weight": block.attention_norm.weight,
+            "self_attn.q_proj.weight": q, "self_attn.k_proj.weight": k,
+            "self_attn.v_proj.weight": v, "self_attn.o_proj.weight": attention.out.weight,
+            "post_attention_layernorm.weight": block.mlp_norm.weight, **norms}
 
 
 def mlp_weights(block):
     gate, up = block.mlp.gate_up.weight.chunk(2)
-    return {"post_attention_layernorm": block.mlp_norm.weight,
-            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.mlp.down.weight}
+    return {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up,
+            "mlp.down_proj.weight": block.mlp.down.weight}
+
+
+def moe_weights(block):
+    return {"mlp.gate.weight": block.mlp.router.weight,
+            "mlp.experts.gate_up_proj": block.mlp.gate_up, "mlp.experts.down_proj": block.mlp.down}
 
 
 def convert_tokenizer(encoding):
@@ -83,7 +101,7 @@ def export(run, folder):
     if path.exists() and (path.is_file() or any(path.iterdir())):
         fail(f"{folder} holds something already: name a new folder")
     model, encoding = load_model(run)
-    theirs = llama(model, encoding and encoding._special_tokens.get(END_OF_TEXT))
+    theirs = hugging_face(model, encoding and encoding._special_tokens.get(END_OF_TEXT))
     tokenizer = encoding and convert_tokenizer(encoding)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
