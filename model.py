@@ -189,18 +189,18 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """A mixture of experts: E SwiGLUs in place of one, of which a token uses k (arXiv 2101.03961).
+    """A mixture of experts: E SwiGLUs in place of one, of which a token uses k (arXiv 1701.06538).
 
     So a layer holds many weights, and a token costs few. The router gives a token a probability
     for each expert. The k likeliest compute; their outputs are added in proportion to these
     probabilities, which is how the router learns: a choice has no gradient, a proportion has one.
 
-    A token and an expert of its choice are a slot. Sorted by expert, the slots of an expert are
-    neighbouring rows, so that it computes them in one product and nothing else.
+    A token and an expert of its choice are a slot. Slots are sorted by expert, so that the rows of
+    an expert are neighbours, and one product computes them and nothing else.
 
-    Left alone, a router favours the experts that are ahead, which then learn even more. Against
-    that stands the balance loss, E * sum over experts of (share of slots) * (mean probability):
-    1 if all are used alike, up to E / k; its gradient lowers the probabilities of the busy ones.
+    A router left alone favours the experts that are ahead, which then learn even more. The balance
+    loss, E * sum over experts of (share of slots) * (mean probability), is 1 if all are used alike
+    and E / k at worst; its gradient makes busy experts less probable (arXiv 2101.03961).
     """
 
     def __init__(self, config):
@@ -217,7 +217,7 @@ class MoE(nn.Module):
         p = at_least_float32(logits).softmax(1)
         weight, expert = p.topk(self.n_active)                          # (N, k)
         weight = weight / weight.sum(1, keepdim=True)
-        expert, slot = expert.flatten().sort(stable=True)               # (N k)
+        expert, slot = expert.flatten().sort(stable=True)               # (N k): slot / k is a token
         token = slot // self.n_active
         counts = F.one_hot(expert, p.size(1)).sum(0)                    # (E,), slots of each expert
 
@@ -225,7 +225,7 @@ class MoE(nn.Module):
         gate_up, down = self.gate_up.to(low), self.down.to(low)
         gate, up = expert_products(tokens.to(low)[token], gate_up, counts).chunk(2, dim=1)
         y = expert_products(F.silu(gate) * up, down, counts)            # (N k, d)
-        y = y * weight.flatten()[slot].unsqueeze(1)
+        y = y * weight.flatten()[slot].unsqueeze(1)                     # in float32
         y = torch.zeros_like(tokens, dtype=y.dtype).index_add(0, token, y)
 
         share = counts.to(p) / len(slot)
@@ -235,9 +235,9 @@ class MoE(nn.Module):
 
 def expert_products(x, weights, counts):
     """x (n, in), sorted by expert, times weights (E, out, in) -> (n, out); counts (E,) of rows."""
-    aligned = x.size(1) % 8 == weights.size(1) % 8 == 0                 # rows of 16 bytes
-    if x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):  # PyTorch 2.10
-        ends = counts.cumsum(0).to(torch.int32)                         # stays on the device
+    aligned = x.size(1) % 8 == weights.size(1) % 8 == 0                 # in rows of 16 bytes
+    if x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):  # PyTorch 2.10 on
+        ends = counts.cumsum(0).to(torch.int32)     # on the device: from Hopper on, nobody waits
         return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
     return loop_over_experts(x, weights, counts)
 

@@ -346,7 +346,6 @@ def check(args):
             (args.r > 1, f"--r {args.r}: give a fraction of the steps, from 0 to 1"),
             (not args.head_dim and (args.n_embd % args.n_head or args.n_embd // args.n_head % 2),
              f"--n-head {args.n_head} does not cut --n-embd {args.n_embd} into even widths"),
-            (args.head_dim % 2, f"--head-dim {args.head_dim}: give an even number, or 0"),
             (0 < args.n_expert < args.n_active,
              f"--n-active {args.n_active} is more than --n-expert {args.n_expert}"),
             (args.n_head % args.n_kv_head,

@@ -293,7 +293,7 @@ def test_one_process_ddp_and_fsdp_train_the_same_over_the_switch(moe_flags, tmp_
 
 @pytest.mark.parametrize("words, said", [
     (["--n-active", "6"], "--n-active 6"), (["--n-expert", "-1"], "--n-expert -1"),
-    (["--head-dim", "7"], "--head-dim 7"), (["--n-active", "0"], "--n-active 0")])
+    (["--n-active", "0"], "--n-active 0")])
 def test_a_shape_that_does_not_fit_is_one_line(moe_flags, capsys, words, said):
     with pytest.raises(SystemExit) as end:
         train_tst.parse([*moe_flags, *words])
@@ -354,5 +354,5 @@ def test_the_plan_knows_a_mixture_of_experts(dtype, capsys, monkeypatch):
 
 def test_the_papers_hours_say_how_well_its_gpus_were_used():
     found = plan.paper()
-    assert found["10b-a1b, 125,000 steps"] == pytest.approx(0.126, abs=0.001)
-    assert found["10b-a1b, 49,983 steps"] == pytest.approx(0.130, abs=0.001)
+    assert found["10b-a1b, 125k steps"] == pytest.approx(0.126, abs=0.001)
+    assert found["10b-a1b, 50k steps"] == pytest.approx(0.130, abs=0.001)

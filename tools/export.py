@@ -21,7 +21,7 @@ def hugging_face(model, end):
     import transformers
     c, vocabulary = model.config, slice(model.config.vocab_size)
     if bool(c.n_expert) != c.qk_norm:
-        fail("Hugging Face has Llama, without qk_norm, and Qwen3-MoE, with it; this model is neither")
+        fail("Hugging Face has Llama without qk_norm and Qwen3-MoE with it; this is neither")
     if c.n_expert and int(transformers.__version__.split(".")[0]) < 5:
         fail("a mixture of experts wants transformers 5: pip install -U transformers")
     shape = dict(

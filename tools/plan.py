@@ -39,8 +39,8 @@ from train_tst import PEAK_FLOPS, SHAPE
 PAPER = {"270m": ("270m", 20_000, 34, dict(n_embd=576, n_head=9, n_kv_head=3, n_hidden=1536)),
          "600m": ("600m", 20_000, 61, dict(n_embd=960, n_head=15, n_kv_head=5, n_hidden=2560)),
          "3b": ("3b", 20_000, 247, {}),
-         "10b-a1b, 125,000 steps": ("10b-a1b", 125_000, 12_311, {}),
-         "10b-a1b, 49,983 steps": ("10b-a1b", 49_983, 4_768, {})}
+         "10b-a1b, 125k steps": ("10b-a1b", 125_000, 12_311, {}),
+         "10b-a1b, 50k steps": ("10b-a1b", 49_983, 4_768, {})}
 ECHOED = ("devices", "gpu", "mfu", "micro_batch_size", "dtype", "compile", "vocab_size")
 
 
