@@ -233,6 +233,15 @@ def test_training_adds_the_balance_of_each_micro_batch_and_logs_the_loss_without
     assert (grads[0][router] - plain[router]).abs().max() > 1e-5    # so the last lines saw it
 
 
+def test_the_load_is_the_mean_over_the_layers():
+    model, loads = GPT(SMALL), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: loads.append(output[1]))
+    model(torch.randint(0, VOCAB, (2, 16, 3)))
+    assert loads[0].tolist() != loads[1].tolist()
+    torch.testing.assert_close(model.load, (loads[0] + loads[1]) / 2)
+
+
 def test_the_balance_loss_is_in_no_logged_loss_and_makes_use_even(moe_flags, tmp_path, monkeypatch):
     def run(name, weight, *more):
         monkeypatch.setattr(train_tst, "BALANCE", weight)
