@@ -140,6 +140,11 @@ def test_one_product_for_all_experts_is_the_loop_over_them(monkeypatch):
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * other.abs().max().item())
 
 
+def test_probabilities_are_in_float32_where_the_weights_are_bfloat16():
+    y, load = layer(torch.bfloat16)(torch.randn(1, 9, 32).bfloat16())       # as under FSDP
+    assert (y.dtype, load.dtype) == (torch.bfloat16, torch.float32)
+
+
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTorch before 2.10")
 def test_products_in_one_never_wait_to_hear_how_many_tokens_an_expert_has():
     """On fake tensors every read of a value on the host raises."""
