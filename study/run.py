@@ -80,6 +80,9 @@ EXPERIMENTS = {
     + grid(patch="kv-shift", s=6, r=[0.2, 0.1], seed=THREE)
     + grid(patch="kv-shift", **SHRINKING, seed=THREE) + both(n_layer=4, n_head=4, n_kv_head=4)
     + grid(s=1, seq_len=576, batch_size=5),
+    # does a residual stream in bfloat16 cost quality?
+    "residual": grid(s=1, steps=1000, seed=THREE)
+    + grid(patch="residual", s=1, steps=1000, seed=THREE),
     "worth": grid(s=1, steps=[2450, None, 4900, 7000], seed=FIVE),     # 0.7, 1, 1.4 and 2 times n
     "lr": both(lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
