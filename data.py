@@ -43,8 +43,9 @@ class Batches:
     So resuming is asking for another step, whatever the processes and micro-batches are. The
     stream is cut into blocks of l * lcm(all s_in) tokens, which any phase can cut into whole
     rows. They are shuffled once with the seed, and each phase gets a run of them, in proportion
-    to the tokens that it reads. Row k of a phase with n blocks of p rows is part (k // n) % p of
-    block k % n. Say, 15 tokens, l = 2, one row a step, 1 step of s = 3, then 3 of s = 1:
+    to the tokens that it reads. A phase with n blocks of p rows reads part 0 of every block, then
+    part 1 of every block: row k is part (k // n) % p of block k % n. Say, 15 tokens, l = 2, one
+    row a step, 1 step of s = 3, then 3 of s = 1:
 
         blocks     0 1 2 3 4 5 | 6 7 8 9 10 11 | 12 13 14    of 2 * lcm(3, 1); the rest, targets
         shuffled   the second, the first                     s = 3 gets one, s = 1 the other
@@ -90,8 +91,8 @@ class Batches:
         length = self.seq_len * s_in
         n, parts = len(blocks), self.block // length
         rows = []
-        for k in range(first, first + count):
-            k += (step - first_step) * self.batch_size                  # from the phase's start
+        for row in range(first, first + count):
+            k = (step - first_step) * self.batch_size + row             # from the phase's start
             start = int(blocks[k % n]) * self.block + (k // n) % parts * length
             rows.append(self.tokens.read(start, length + s_out))
         return torch.from_numpy(np.stack(rows))
@@ -124,7 +125,7 @@ class Stream:
             part = shard[begin:begin + n]
             if part.max() >= self.vocab_size:
                 fail(f"{self.files[k]}: token id {part.max()} is beyond the vocabulary of "
-                     f"{self.vocab_size}; are these shards of another tokenizer?")
+                     f"{self.vocab_size}; are these shards of another tokenizer?", anywhere=True)
             parts.append(part)
             start, n, k = start + len(part), n - len(part), k + 1
         return np.concatenate(parts).astype(np.int64)
@@ -170,7 +171,10 @@ def load(folder):
                 shard = stream.shard(file)
                 content.update(f"{file.name} {len(shard)} ".encode() + shard[:4096].tobytes())
         meta["hash"] = content.hexdigest()
-    return *streams, meta, load_encoding(folder, meta["tokenizer"])
+    encoding = load_encoding(folder, meta["tokenizer"])
+    if encoding and encoding.n_vocab > meta["vocab_size"]:
+        fail(f"{path}: vocab_size {meta['vocab_size']} is below its tokenizer's {encoding.n_vocab}")
+    return *streams, meta, encoding
 
 
 def load_encoding(folder, name):

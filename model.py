@@ -58,7 +58,7 @@ def multi_hot_cross_entropy(logits, targets, weights=None):
     logits (..., V) float; targets (..., s) integer; weights (s,) summing to 1, uniform if None
     -> scalar of float32 or better, nats. A token that occurs twice counts twice. The s
     cross-entropies share one log-sum-exp, so this is logsumexp(z) - mean z[y], and at s = 1 the
-    ordinary cross-entropy.
+    ordinary cross-entropy. To read and to test by: training runs `ChunkedHeadLoss`, its equal.
     """
     logits = at_least_float32(logits)
     hits = logits.gather(-1, targets)                                   # (..., s)
@@ -82,7 +82,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, rows, bias=False)
-        self.normalise = normalise      # the head's part of the loss that is worth compiling
+        self.normalise = normalise      # here, so that the trainer can compile it
         head_dim = self.blocks[0].attention.head_dim
         cos, sin = rope_table(config.seq_len, head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
@@ -297,8 +297,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
             z = F.linear(chunk, head)                                   # (size, V), the logits
             hit = (z.gather(1, target) * weights).sum(1)    # not @, which autocast makes bfloat16
             torch._dynamo.maybe_mark_dynamic(z, 0)          # one graph for any number of rows
-            total, p = normalise(z)                         # which overwrites z
-            loss = loss + (total - hit).sum()
+            lse, p = normalise(z)                           # log-sum-exp; it overwrites z
+            loss = loss + (lse - hit).sum()
             if with_grad:
                 p.scatter_add_(1, target, -weights.expand_as(target))   # now the gradient in z
                 z.copy_(p)                                  # in the dtype of the products

@@ -11,7 +11,6 @@ the shape of a batch changes.
     python train_tst.py --s 1 --resume                      # go on where that run stopped
 """
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -120,8 +119,7 @@ def train(args, argv=None):
     # Data
     if args.data == "data/python" and LOCAL_RANK == 0:
         from tools.corpus import build_python_corpus            # the one thing used of tools/
-        if not (checkpoint and Path(args.data).exists()):       # a new one would be other data
-            build_python_corpus()
+        build_python_corpus()
     if WORLD > 1:
         dist.barrier()
     train_tokens, val_tokens, meta, encoding = data.load(args.data)
@@ -177,7 +175,7 @@ def train(args, argv=None):
     bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True)
     stop = []                           # holds something after Ctrl-C or SIGTERM
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(number))
+        signal.signal(number, lambda *_: stop.append(True))
     begun, last_save = time.time(), f"step {start:,}" if checkpoint else "none"
     say(HEADING)
 
@@ -193,12 +191,11 @@ def train(args, argv=None):
                 rows = rows.pin_memory()                        # so that the copy need not wait
             rows = rows.to(device, non_blocking=True)
             inputs, targets = data.bags(rows, s_in, s_out)      # (micro, l, s_in) and (.., s_out)
-            last = i + micro == share                           # DDP shares gradients only then
-            with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
-                with autocast:
-                    part = wrapped(inputs, targets, weights) / (share // micro)
-                    part_load = model.load / (share // micro)       # of experts; zero if dense
-                (part + BALANCE * config.n_active * part_load[0]).backward()
+            wrapped.require_backward_grad_sync = i + micro == share     # DDP's: share them once
+            with autocast:
+                part = wrapped(inputs, targets, weights) / (share // micro)
+                part_load = model.load / (share // micro)       # of experts; zero if dense
+            (part + BALANCE * config.n_active * part_load[0]).backward()
             loss += part.detach()
             load += part_load.detach()
 
@@ -218,8 +215,8 @@ def train(args, argv=None):
         norm = (norm.full_tensor() if sharded else norm).item()
         done, tokens = step + 1, tokens + positions * s_in
         if not math.isfinite(mean_loss + norm):
-            fail(f"step {done:,}: the loss is {mean_loss} and the gradient's norm {norm}; try a "
-                 f"--lr below {args.lr:g}; last checkpoint: {last_save}", status=1)
+            fail(f"step {done:,}: the loss is {mean_loss} and the gradient's norm {norm}; start "
+                 f"anew, with a --lr below {args.lr:g} and another --out", status=1)
         seconds = seconds_before + time.time() - begun
         entry = {"step": done, "phase": "superposition" if step < switch else "recovery",
                  "s": max(s_in, s_out), "loss": mean_loss, "lr": lr, "val_loss": None,
@@ -268,7 +265,7 @@ def make_parser():
     add("--r", float, "fraction of all steps in superposition, shared evenly by the sizes of --s")
     add("--s-in", bag_sizes, "tokens averaged into one input; --s if None")
     add("--s-out", bag_sizes, "tokens that one output predicts; --s if None")
-    add("--weighting", str, "of a target's tokens: 1, 1/i, exp(-i), the first alone",
+    add("--weighting", str, "of target token i: 1, 1/i (power), exp(-i), the first alone",
         choices=("uniform", "power", "exp", "first"), default="uniform")
     add("--model", str, "preset; 270m where CUDA and data/fineweb are", choices=tuple(PRESETS))
     switch = argparse.BooleanOptionalAction
@@ -344,8 +341,8 @@ def check(args):
             fail(f"{as_flag(name)} {value}: give a number from {low} on")
     for wrong, message in (
             (args.r > 1, f"--r {args.r}: give a fraction of the steps, from 0 to 1"),
-            (not args.head_dim and (args.n_embd % args.n_head or args.n_embd // args.n_head % 2),
-             f"--n-head {args.n_head} does not cut --n-embd {args.n_embd} into even widths"),
+            ((args.head_dim or args.n_embd / args.n_head) % 2,
+             f"--n-head {args.n_head}: --head-dim, or --n-embd / --n-head, must be an even number"),
             (0 < args.n_expert < args.n_active,
              f"--n-active {args.n_active} is more than --n-expert {args.n_expert}"),
             (args.n_head % args.n_kv_head,
@@ -461,7 +458,7 @@ def evaluate(model, tokens, encoding, args, device, autocast):
 def open_folder(out, args, meta, keep):
     """Make the run's folder, with what sampling needs beside the checkpoint. -> its log, open.
 
-    The log, a line a step, is cut to the first `keep` steps: those after the checkpoint come again.
+    The log, a line a step, is cut after step `keep`, the checkpoint's: what followed comes again.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
@@ -471,7 +468,8 @@ def open_folder(out, args, meta, keep):
         shutil.copy(encoding, out)
     path = out / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    path.with_suffix(".tmp").write_bytes(b"".join(lines[:keep]))
+    lines = [line for line in lines if line.endswith(b"}\n") and json.loads(line)["step"] <= keep]
+    path.with_suffix(".tmp").write_bytes(b"".join(lines))
     os.replace(path.with_suffix(".tmp"), path)
     return open(path, "ab", buffering=0)                        # a write a line
 
@@ -491,13 +489,13 @@ def save(model, optimizer, args, meta, entry, out, at_switch, last_save):
     temporary = out / "ckpt.tmp"
     try:
         torch.save(state, temporary)
+        os.replace(temporary, out / "ckpt.pt")
         if at_switch:                   # a second name for the same file: writing 3B takes minutes
             (out / "ckpt_switch.pt").unlink(missing_ok=True)
             try:
-                os.link(temporary, out / "ckpt_switch.pt")
+                os.link(out / "ckpt.pt", out / "ckpt_switch.pt")
             except OSError:             # a disk without links
-                shutil.copyfile(temporary, out / "ckpt_switch.pt")
-        os.replace(temporary, out / "ckpt.pt")
+                shutil.copyfile(out / "ckpt.pt", out / "ckpt_switch.pt")
     except (OSError, RuntimeError) as error:        # torch raises the latter on a full disk
         temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]

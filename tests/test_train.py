@@ -162,7 +162,11 @@ def test_a_branch_goes_on_from_the_switch_where_the_data_moved(run, flags, corpu
     (tmp_path / "branch").mkdir()
     shutil.copy(run / "ckpt_switch.pt", tmp_path / "branch/ckpt.pt")
     moved = shutil.copytree(corpus, tmp_path / "moved")
-    train_tst.main([*flags, "--data", str(moved), "--out", str(tmp_path / "branch"), "--resume"])
+    words = [*flags, "--data", str(moved), "--out", str(tmp_path / "branch"), "--resume"]
+    train_tst.main(words)
+    assert numbers(tmp_path / "branch") == numbers(run)[6:]
+    shutil.copy(run / "ckpt_switch.pt", tmp_path / "branch/ckpt.pt")   # as if killed before a save
+    train_tst.main(words)
     assert numbers(tmp_path / "branch") == numbers(run)[6:]
 
 
@@ -279,7 +283,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         train_tst.main([*flags, "--out", str(tmp_path / "run"), "--lr", "1e30",
                         "--warmup-steps", "1"])
-    assert end.value.code == 1 and "try a --lr below 1e+30" in capsys.readouterr().err
+    assert end.value.code == 1 and "with a --lr below 1e+30" in capsys.readouterr().err
 
 
 def test_a_broken_compiler_leaves_the_run_eager(run, flags, tmp_path, capsys, monkeypatch):

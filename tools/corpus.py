@@ -108,17 +108,14 @@ def byte_pair_encoding(name, pattern, ranks):
 # The built-in corpus
 
 def build_python_corpus(folder=PYTHON_CORPUS, vocab_size=VOCAB_SIZE):
-    """Make the built-in corpus in folder, unless it is there, of the same sources and settings.
+    """Make the built-in corpus in folder, unless it is there: runs need the data that they had.
 
     It is the Python source of the standard library, of the runtime packages and of what those
     require, with a vocabulary of vocab_size trained on it.
     """
-    files = python_files()
-    stamps = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files]
-    settings = json.dumps([vocab_size, BPE_SAMPLE, PATTERN, stamps])
-    sources = sha256(settings.encode()).hexdigest()
-    if folder.exists() and json.loads((folder / "meta.json").read_text()).get("sources") == sources:
+    if folder.exists():
         return
+    files = python_files()
     print(f"building {folder} from {len(files):,} Python files of this machine, once", flush=True)
     split_by_text = {}                  # in the files' order, duplicates dropped
     for name, path in files:
@@ -129,7 +126,7 @@ def build_python_corpus(folder=PYTHON_CORPUS, vocab_size=VOCAB_SIZE):
     documents = split_by_text.items()
     ranks = train_bpe((text for text, split in documents if split == "train"), vocab_size - 1)
     encoding = byte_pair_encoding("python", PATTERN, ranks)
-    write_corpus(folder, "python", iter(documents), encoding, sources=sources)
+    write_corpus(folder, "python", iter(documents), encoding)
 
 
 def python_files():
@@ -191,10 +188,10 @@ class ShardWriter:
             self.shards, self.held = self.shards + 1, 0
 
 
-def write_corpus(folder, name, documents, encoding, **extra):
+def write_corpus(folder, name, documents, encoding):
     """Tokenize documents, an iterator of (text, split), into shards in folder.
 
-    It gets meta.json (with extra) and encoding.json too. Each document begins with end-of-text.
+    It gets meta.json and encoding.json too. Each document begins with end-of-text.
     A batch of documents and a shard of each split are in memory. The folder is built elsewhere
     and then renamed, so that nobody, a second builder included, ever sees half of one.
     SystemExit(2) if there is nothing to train on or nothing held out.
@@ -220,7 +217,7 @@ def write_corpus(folder, name, documents, encoding, **extra):
         save_encoding(encoding, new)
         digests = [sha256(data.read_shard(path)).hexdigest() for path in sorted(new.glob("*.bin"))]
         meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab,
-                "hash": sha256("".join(digests).encode()).hexdigest(), **extra}
+                "hash": sha256("".join(digests).encode()).hexdigest()}
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
             if folder.exists():
