@@ -7,7 +7,7 @@ the shape of a batch changes.
 
     python train_tst.py --s 6 --r 0.3                       # TST
     python train_tst.py --s 1                               # the baseline, by the same code path
-    torchrun --nproc_per_node=8 train_tst.py                # eight GPUs
+    torchrun --nproc_per_node=8 -- train_tst.py             # eight GPUs
     python train_tst.py --s 1 --resume                      # go on where that run stopped
 """
 import argparse

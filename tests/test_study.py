@@ -13,6 +13,7 @@ from model import load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))
 import branch
+import edit
 import run
 import split
 import table
@@ -95,6 +96,22 @@ def test_a_branched_baseline_is_the_one_trained_from_its_start(study, flags):
     logs = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
             for folder in (out, study / "plain")]
     assert logs[0] == logs[1]
+
+
+def test_an_edit_changes_what_it_says_and_trains_on(study, flags, monkeypatch):
+    train_tst.main([*flags, *run.way(run.folder(" ".join(flags)))])
+
+    def losses(words):
+        path = run.folder(" ".join(words)) / "metrics.jsonl"
+        return [json.loads(line)["loss"] for line in path.open()]
+
+    for name, same_at_first in (("moments", True), ("tables", False)):
+        words = ["--edit", name, *flags]
+        monkeypatch.setattr(sys, "argv", ["study/edit.py", *words])
+        edit.main()
+        ours, theirs = losses(words), losses(flags)
+        assert len(ours) == 12 and ours[:6] == theirs[:6] and ours[7:] != theirs[7:]
+        assert (ours[6] == theirs[6]) == same_at_first          # the first loss after the switch
 
 
 def test_no_table_mixes_data(study, capsys):
