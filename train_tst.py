@@ -208,11 +208,11 @@ def train(args, argv=None):
         optimizer.zero_grad(set_to_none=wrapped is model)       # DDP's stay views of its buckets
 
         # Log, evaluate, save. The numbers are read once a step, the only wait for the device
-        report = torch.stack((loss, torch.full_like(loss, len(stop)), *load))
+        norm = norm.full_tensor() if sharded else norm
+        report = torch.stack((loss, norm, torch.full_like(loss, len(stop)), *load))
         if WORLD > 1:
             dist.all_reduce(report)                             # all ranks stop after the same step
-        mean_loss, stops, balance, largest_share = (report / WORLD).tolist()
-        norm = (norm.full_tensor() if sharded else norm).item()
+        mean_loss, norm, stops, balance, largest_share = (report / WORLD).tolist()
         done, tokens = step + 1, tokens + positions * s_in
         if not math.isfinite(mean_loss + norm):
             fail(f"step {done:,}: the loss is {mean_loss} and the gradient's norm {norm}; start "

@@ -53,10 +53,10 @@ def worth_of(row, loss, baselines):
         return worth(float(row[loss]), points, int(row["steps"]), float(row["r"]))
 
 
-def spread(values):
-    """Mean and, of several, the standard deviation."""
+def spread(values, sign=""):
+    """Mean, with a sign where sign is "+", and, of several, the standard deviation."""
     deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
+    return f"{statistics.mean(values):{sign}.4f}{deviation}"
 
 
 def by_s_and_r(rows, loss):
@@ -88,7 +88,7 @@ def differences(rows, loss, minus, baselines):
             each = ", ".join(f"{value:.4f}" for value in losses.values())
             each = f" ({each})" if len(losses) > 1 else ""
             print(f"| `{f'{method} {others}'.strip()}` | {len(losses)} "
-                  f"| {spread(losses.values())}{each} | {spread(less) if less else ''} "
+                  f"| {spread(losses.values())}{each} | {spread(less, '+') if less else ''} "
                   f"| {as_text(worths) if worths else ''} |")
 
 
