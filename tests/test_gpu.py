@@ -198,14 +198,16 @@ def small_gpt():
         return GPT(Config(2, 32, 4, 2, 48, vocab_size=300, seq_len=16)).requires_grad_(False)
 
 
-def test_products_are_bfloat16_and_losses_and_gradients_float32(fake):
-    model = small_gpt()
+def test_products_and_stream_are_bfloat16_and_losses_and_gradients_float32(fake):
+    model, stream = small_gpt(), set()
+    model.blocks[1].register_forward_pre_hook(lambda block, given: stream.add(given[0].dtype))
     bags = torch.zeros(2, 16, 3, dtype=torch.int64, device="cuda:0")
     weights = bag_weights("uniform", 3).to("cuda:0")
     bfloat16_products()
     logits, loss = model(bags), model(bags, bags, weights)
     assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
     assert logits.is_cuda and loss.is_cuda and model(bags, bags).is_cuda
+    assert stream == {torch.bfloat16}
 
     for dtype in (torch.bfloat16, torch.float32):           # of the trunk's output
         kept = SimpleNamespace()
