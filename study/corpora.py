@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import fail
-from tools.corpus import (DOCUMENT_CHARS, PATTERN, VOCAB_SIZE, build_python_corpus,
-                          byte_pair_encoding, split_of, train_bpe, write_corpus)
+from tools.corpus import (DOCUMENT_CHARS, PATTERN, build_python_corpus, byte_pair_encoding,
+                          split_of, train_bpe, write_corpus)
 
 CACHE = ROOT / "data" / "cache"
 KERNEL = "linux-source-6.1=6.1.176-1"
