@@ -33,7 +33,7 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(2, 96, 2, 1, 192, rope_theta=10_000.0, init_std=0.05, seq_len=96),
+    "tiny": Config(3, 96, 4, 4, 192, rope_theta=10_000.0, init_std=0.05, seq_len=96),
     "270m": Config(30, 768, 12, 4, 2048),
     "600m": Config(32, 1152, 18, 6, 3072),
     "3b": Config(36, 2048, 16, 4, 11008),

@@ -40,7 +40,7 @@ from model import GPT, PRESETS, Config, bag_weights, load_checkpoint
 FINEWEB = dict(data="data/fineweb", s=[6], r=0.3, steps=20_000, batch_size=512, warmup_steps=2000,
                decay_frac=0.1)
 RECIPES = {
-    "tiny": dict(data="data/python", s=[6], r=0.2, steps=3500, batch_size=32, lr=3e-3,
+    "tiny": dict(data="data/python", s=[6], r=0.2, steps=2400, batch_size=32, lr=3e-3,
                  warmup_steps=200, decay_frac=0.4, micro_batch_size=64),
     "270m": dict(FINEWEB, lr=1e-3, micro_batch_size=16),
     "600m": dict(FINEWEB, lr=5e-4, micro_batch_size=8),
