@@ -40,7 +40,7 @@ PRESETS = {
     "10b-a1b": Config(32, 1536, 24, 4, 512, n_expert=128, n_active=8, head_dim=128, qk_norm=True,
                       rope_theta=50_000.0, seq_len=4096),
 }
-PRESETS["tiny-moe"] = replace(PRESETS["tiny"], n_expert=8, qk_norm=True)
+PRESETS["tiny-moe"] = replace(PRESETS["tiny"], n_hidden=256, n_expert=8, qk_norm=True)
 
 
 def bag_average(table, bags):

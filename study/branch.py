@@ -1,6 +1,6 @@
 """Train a baseline and leave, where a shorter one's decay begins, its checkpoint to go on from.
 
-    python study/branch.py "--s 1 --steps 7000" "--s 1 --steps 3500"        # the longest first
+    python study/branch.py "--s 1 --steps 4800" "--s 1 --steps 2400"        # the longest first
 
 Until its decay a baseline of s = 1 is the same run for any --steps: the learning rate is constant
 after the warmup, and the batches do not depend on the length. So all but the longest train their

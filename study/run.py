@@ -55,39 +55,57 @@ def both(**flags):
 FIVE = [None, 1, 2, 3, 4]               # seeds
 THREE = FIVE[:3]
 SHRINKING = dict(s="8,4,2", r=0.15)
-WIDE = "--n-head 4 --n-kv-head 4 --n-hidden 256"
+BEFORE = dict(n_layer=2, n_head=2, n_kv_head=1)         # tiny until now, which does not copy
+LONG = dict(**BEFORE, steps=3500)
 EXPERIMENTS = {
     "seeds": both(seed=FIVE),
     # tiny by the baseline alone: 270 s on two idle cores, by the time of a step measured alone
     "search": [f"--s 1 {flags}" for flags in (
-        "--n-layer 2 --steps 3058",
-        f"--n-layer 2 {WIDE} --steps 2718",
-        f"--n-layer 3 {WIDE} --steps 2176",
-        f"--n-layer 3 {WIDE} --lr 6e-3 --steps 2176",
-        f"--n-layer 3 {WIDE} --init-std 0.02 --steps 2176",
-        f"--n-layer 3 {WIDE} --batch-size 16 --steps 3471",
-        f"--n-layer 3 {WIDE} --data data/python-2048 --steps 1649",
-        f"--n-layer 3 {WIDE} --data data/python-4096 --steps 1422",
-        f"--n-layer 4 {WIDE} --seq-len 128 --batch-size 12 --steps 2560",
-        f"--n-layer 4 {WIDE} --seq-len 256 --batch-size 6 --steps 2396",
+        "--n-layer 2 --n-head 2 --n-kv-head 1 --steps 3058",
+        "--n-layer 2 --n-head 4 --n-kv-head 4 --n-hidden 256 --steps 2718",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --steps 2358",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --lr 6e-3 --steps 2358",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --decay-frac 0.6 --steps 2358",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 128 --steps 2600",
+        "--n-layer 3 --n-head 4 --n-kv-head 2 --steps 2510",
+        "--n-layer 3 --n-head 4 --n-kv-head 2 --n-hidden 256 --steps 2310",
+        "--n-layer 3 --n-head 2 --n-kv-head 2 --n-hidden 256 --steps 2213",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --steps 2176",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --lr 6e-3 --steps 2176",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --init-std 0.02 --steps 2176",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --batch-size 16 --steps 3471",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --seq-len 64 --batch-size 48 "
+        "--steps 2148",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --seq-len 128 --batch-size 24 "
+        "--steps 1962",
+        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --data data/python-2048 --steps 1649",
+        "--n-layer 3 --n-embd 128 --n-head 4 --n-kv-head 4 --n-hidden 192 --steps 1750",
+        "--n-layer 3 --n-embd 128 --n-head 4 --n-kv-head 4 --n-hidden 320 --steps 1567",
         "--n-layer 4 --n-head 4 --n-kv-head 4 --steps 1880",
-        "--n-layer 4 --n-embd 64 --n-head 4 --n-kv-head 4 --n-hidden 192 --steps 2706",
-        "--n-layer 2 --n-embd 128 --n-head 4 --n-kv-head 4 --n-hidden 320 --steps 2317",
-        "--n-layer 3 --n-embd 128 --n-head 4 --n-kv-head 4 --n-hidden 320 --steps 1567")],
-    # how much of TST is copying: tiny as it is, and trunks whose baseline copies
-    "copying": both(seed=THREE) + grid(s=6, r=0.1, seed=THREE) + grid(**SHRINKING, seed=THREE)
-    + grid(patch="kv-shift", s=1, seed=THREE)
-    + grid(patch="kv-shift", s=6, r=[0.2, 0.1], seed=THREE)
-    + grid(patch="kv-shift", **SHRINKING, seed=THREE) + both(n_layer=4, n_head=4, n_kv_head=4)
-    + grid(s=1, seq_len=576, batch_size=5),
+        "--n-layer 4 --n-head 4 --n-kv-head 4 --n-hidden 256 --seq-len 128 --batch-size 12 "
+        "--steps 2560",
+        "--n-layer 4 --n-head 4 --n-kv-head 4 --n-hidden 256 --seq-len 256 --batch-size 6 "
+        "--steps 2396",
+        "--n-layer 4 --n-embd 64 --n-head 4 --n-kv-head 4 --n-hidden 192 --steps 2706")],
+    # TST's s and r on tiny, with seed 0
+    "tuning": both() + grid(s=6, r=0.1) + grid(s=4, r=0.2),
+    # how much of TST is copying: tiny of before, and trunks whose baseline copies
+    "copying": both(**LONG, seed=THREE) + grid(s=6, r=0.1, **LONG, seed=THREE)
+    + grid(**SHRINKING, **LONG, seed=THREE) + grid(patch="kv-shift", s=1, **LONG, seed=THREE)
+    + grid(patch="kv-shift", s=6, r=[0.2, 0.1], **LONG, seed=THREE)
+    + grid(patch="kv-shift", **SHRINKING, **LONG, seed=THREE)
+    + both(n_layer=4, n_head=4, n_kv_head=4, steps=3500)
+    + grid(s=1, **LONG, seq_len=576, batch_size=5),
     # does a residual stream in bfloat16 cost quality?
-    "residual": grid(s=1, steps=1000, seed=THREE)
-    + grid(patch="residual", s=1, steps=1000, seed=THREE),
-    "worth": grid(s=1, steps=[2450, None, 4900, 7000], seed=FIVE),     # 0.7, 1, 1.4 and 2 times n
+    "residual": grid(s=1, **BEFORE, steps=1000, seed=THREE)
+    + grid(patch="residual", s=1, **BEFORE, steps=1000, seed=THREE),
+    "experts": grid(model="tiny-moe", s=1, seed=THREE)
+    + grid(model="tiny-moe", s=6, r=0.2, seed=THREE),
+    "worth": grid(s=1, steps=[1680, None, 3360, 4800], seed=FIVE),     # 0.7, 1, 1.4 and 2 times n
     "lr": both(lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
     "init": both(init_std=[None, 0.02], seed=THREE),
-    "length": both(steps=[1000, 2000, 7000]) + grid(**SHRINKING, steps=[1000, 2000, 7000]),
+    "length": both(steps=[1200, 4800, 9600]) + grid(**SHRINKING, steps=[1200, 4800, 9600]),
     "r": both(seed=THREE) + grid(s=6, r=[0.1, 0.15, 0.3], seed=THREE)
     + grid(**SHRINKING, seed=THREE),
     "ablations": grid(s=1) + grid(s=[6, 16], r=0.2) + grid(s=[6, 16], r=0.2, s_in=1)
@@ -221,10 +239,12 @@ def test_loss(args, out):
 
 
 def row(experiment, flags, args, last, test):
-    """The row of a finished run with its split.json; test: its test loss, or None."""
+    """The row of a finished run; without its split.json SPLIT is empty. test: its loss, or None."""
     from train_tst import as_text
     out = folder(flags)
-    meta, split = (json.loads((out / f"{name}.json").read_text()) for name in ("meta", "split"))
+    meta, split = json.loads((out / "meta.json").read_text()), dict.fromkeys(SPLIT)
+    if (out / "split.json").exists():
+        split = json.loads((out / "split.json").read_text())
     commits = out / "commit.txt"
     # 2 bytes a token, after a header of 1,024
     train_tokens = sum(path.stat().st_size // 2 - 512
@@ -278,7 +298,7 @@ def main():
     with ThreadPoolExecutor(2) as pool:
         for chain, results in zip(work, pool.map(train, work)):
             for flags, result in zip(chain, results):
-                if result is None or not (folder(flags) / "split.json").exists():
+                if result is None:
                     print(f"did not finish: {flags}; see {folder(flags)}.txt")
                     continue
                 test = test_loss(result[0], folder(flags)) if args.test else None

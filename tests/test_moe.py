@@ -316,7 +316,7 @@ def test_a_shape_that_does_not_fit_is_one_line(moe_flags, capsys, words, said):
 
 def test_a_small_preset_follows_from_tiny():
     tiny, moe = PRESETS["tiny"], PRESETS["tiny-moe"]
-    assert replace(moe, n_expert=0, n_active=2, qk_norm=False) == tiny
+    assert replace(moe, n_hidden=tiny.n_hidden, n_expert=0, qk_norm=False) == tiny
     assert (moe.n_expert, moe.n_active) == (8, 2)
     args = train_tst.parse(["--model", "tiny-moe", "--device", "cpu"])
     assert args.out.startswith("runs/tiny-moe-s") and args.data == "data/python" and args.qk_norm

@@ -14,6 +14,7 @@ from model import load_checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))
 import branch
 import edit
+import experts
 import run
 import split
 import table
@@ -114,22 +115,42 @@ def test_an_edit_changes_what_it_says_and_trains_on(study, flags, monkeypatch):
         assert (ours[6] == theirs[6]) == same_at_first          # the first loss after the switch
 
 
+def test_the_load_of_experts_is_that_of_their_slots(study, flags):
+    chosen = torch.tensor([[[0, 1], [0, 2]], [[3, 1], [1, 3]]])         # 2 layers, 2 tokens, k = 2
+    load = experts.load(chosen, 4)
+    assert load.tolist() == [[0.5, 0.25, 0.25, 0], [0, 0.5, 0, 0.5]]
+    assert experts.moved(load, load) == 0
+    assert experts.moved(load, load.flip(0)) == 0.75        # 0.5 of 0, 0.25 of 2
+    assert experts.kept(chosen, chosen.flip(-1)) == 1
+    assert experts.kept(chosen, chosen.flip(0)) == 0.25
+
+    words = [*flags, "--n-expert", "4"]
+    train_tst.main([*words, *run.way(run.folder(" ".join(words)))])
+    n_expert, found = experts.readings(" ".join(words))
+    assert n_expert == 4 and list(found) == list(experts.READINGS)
+    bags, before, end = found.values()
+    assert bags.shape == before.shape == end.shape == (2, experts.ROWS * 16, 2)
+    assert not torch.equal(bags, before) and not torch.equal(before, end)
+    counts = run.log(" ".join(words))[-1]["largest_share"]
+    assert abs(experts.load(end, 4).amax(1).mean().item() - counts) < 0.1
+
+
 def test_no_table_mixes_data(study, capsys):
     def line(s, r, steps, loss, data_hash):
         method = "--s 1" if s == 1 else f"--s {s} --r {r}"
-        length = "" if steps == 3500 else f" --steps {steps}"
+        length = "" if steps == 2400 else f" --steps {steps}"
         return {**dict.fromkeys(run.COLUMNS, ""), "experiment": "seeds", "seed": "0", "s": s,
                 "r": r, "steps": steps, "val_loss": loss, "data_hash": data_hash,
                 "commit": "abc" if data_hash else "",
                 "command": f"python train_tst.py {method}{length}"}
 
     run.write_rows([
-        line(1, 0.0, 3500, 3.0, "aaa"), line(1, 0.0, 7000, 2.8, "aaa"),
-        line(6, 0.2, 3500, 2.9, "aaa"), line(6, 0.2, 3500, 2.7, "bbb"),
-        line(1, 0.0, 3500, 2.5, "")])
+        line(1, 0.0, 2400, 3.0, "aaa"), line(1, 0.0, 4800, 2.8, "aaa"),
+        line(6, 0.2, 2400, 2.9, "aaa"), line(6, 0.2, 2400, 2.7, "bbb"),
+        line(1, 0.0, 2400, 2.5, "")])
     table.main([])
     first, second = capsys.readouterr().out.split("seeds, data ")[1:]
-    assert "`--s 6 --r 0.2` | 1 | 2.9000 | -0.1000 | 3.07 |" in first   # 3500 * 2 ** 0.5 steps
+    assert "`--s 6 --r 0.2` | 1 | 2.9000 | -0.1000 | 3.07 |" in first   # 2400 * 2 ** 0.5 steps
     assert second.splitlines()[-1] == "| `--s 6 --r 0.2` | 1 | 2.7000 |  |  |"
     assert "2.5" not in first + second
     table.main(["--old"])

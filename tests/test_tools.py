@@ -90,9 +90,9 @@ def test_the_plan_counts_what_the_run_reads(capsys, monkeypatch):
     monkeypatch.setattr(train_tst, "WORLD", 1)
     plan.main(["--json", "--model", "tiny", "--device", "cpu", "--dtype", "float32"])
     found = json.loads(capsys.readouterr().out)
-    assert found["parameters"] == 362_976
-    assert found["superposition_tokens"] == 700 * 32 * 96 * 6
-    assert found["recovery_tokens"] == 2800 * 32 * 96
+    assert found["parameters"] == 473_760
+    assert found["superposition_tokens"] == 480 * 32 * 96 * 6
+    assert found["recovery_tokens"] == 1920 * 32 * 96
 
 
 def test_fineweb_downloads_what_is_missing_and_mixes_nothing(tmp_path, monkeypatch, capsys):
