@@ -4,7 +4,7 @@
     python study/run.py seeds lr                # run them; what is done is skipped, what stopped
                                                 # goes on; a row a run
     python study/run.py seeds --test            # and look at the test split, once, at the end
-    python study/run.py seeds --done            # train nothing: the rows of what is done
+    python study/run.py seeds --done            # train and measure nothing: the rows of what is done
 
 A run's folder is runs/study/ and its flags. The same run in two experiments is made once and has
 a row in each. Of baselines that differ in --steps alone only the longest is trained from its
@@ -214,6 +214,11 @@ def train(chain):
                 python(out, script(flags), *flags.split(), *way(out))
         if finished(out) and not (out / "split.json").exists():
             python(out, "study/split.py", flags)
+    return done(chain)
+
+
+def done(chain):
+    """`train` without training or measuring anything."""
     return [finished(folder(flags)) for flags in chain]
 
 
@@ -282,21 +287,21 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS])
     parser.add_argument("--test", action="store_true", help="also compute test_loss")
-    parser.add_argument("--done", action="store_true", help="train nothing")
+    parser.add_argument("--done", action="store_true", help="train and measure nothing")
     args = parser.parse_args()
     if not args.experiments:
         for name, runs in EXPERIMENTS.items():
-            done = sum(finished(folder(flags)) is not None for flags in runs)
-            print(f"{name}: {done} of {len(runs)} runs done")
+            count = sum(finished(folder(flags)) is not None for flags in runs)
+            print(f"{name}: {count} of {len(runs)} runs done")
         return
     rows = {key(row): row for row in read_rows()}
     runs = list(dict.fromkeys(flags for name in args.experiments for flags in EXPERIMENTS[name]))
     if args.done:
         runs = [flags for flags in runs if finished(folder(flags))]
     make_data(runs)
-    work = chains(runs)
+    work, make = chains(runs), done if args.done else train
     with ThreadPoolExecutor(2) as pool:
-        for chain, results in zip(work, pool.map(train, work)):
+        for chain, results in zip(work, pool.map(make, work)):
             for flags, result in zip(chain, results):
                 if result is None:
                     print(f"did not finish: {flags}; see {folder(flags)}.txt")
