@@ -7,14 +7,7 @@ Validation loss against steps, means and ranges over the seeds that both methods
 import statistics
 from collections import defaultdict
 
-from run import EXPERIMENTS, HERE, baseline, finished, folder, log
-
-
-def pairs():
-    """[(TST's flags, its baseline's), ...] of the seeds that are done."""
-    return [(flags, baseline(flags)) for flags in EXPERIMENTS["seeds"]
-            if flags != baseline(flags) and finished(folder(flags))
-            and finished(folder(baseline(flags)))]
+from run import EXPERIMENTS, HERE, log, pairs
 
 
 def curve(runs):
@@ -32,7 +25,7 @@ def main():
         from matplotlib import pyplot
     except ImportError:
         raise SystemExit("study/draw.py: matplotlib is missing: pip install matplotlib")
-    done = pairs()
+    done = pairs(EXPERIMENTS["seeds"])
     if not done:
         raise SystemExit("study/draw.py: no seed is done yet: python study/run.py seeds")
     tst, plain = zip(*done)

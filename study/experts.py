@@ -9,7 +9,6 @@ load into another, mean over layers: 0 where both use the experts alike. "Kept",
 of the same tokens, is the mean share of a token's experts that are the same in both; by chance it
 would be n_active / n_expert.
 """
-import statistics
 from collections import defaultdict
 
 from run import EXPERIMENTS, HERE, ROOT, baseline, finished, folder, log
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 import data
+from table import spread
 from tools.sample import load_model
 
 ROWS = 500                              # of l tokens, or of l bags, that the load is measured on
@@ -76,7 +76,7 @@ def main():
     if not runs:
         raise SystemExit("study/experts.py: no runs yet: python study/run.py experts")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    table, drawn = defaultdict(list), False
+    table, of_tst = defaultdict(list), []
     for flags in runs:
         tst, lines = flags != baseline(flags), log(flags)
         shares = np.array([line["largest_share"] for line in lines])
@@ -92,11 +92,10 @@ def main():
             table[tst, f"moved, {bags} to {before}"].append(moved(loads[bags], loads[before]))
             table[tst, f"moved, {before} to {end}"].append(moved(loads[before], loads[end]))
             table[tst, f"kept, {before} to {end}"].append(kept(found[before], found[end]))
-        if tst and not drawn:
-            draw_loads(right, loads)
-            switch = sum(line["phase"] == "superposition" for line in lines)
-            left.axvline(switch, color="tab:blue", linestyle=":")
-            drawn = True
+            of_tst.append((loads, sum(line["phase"] == "superposition" for line in lines)))
+    for loads, switch in of_tst[:1]:                            # seed 0's
+        draw_loads(right, loads)
+        left.axvline(switch, color="tab:blue", linestyle=":")
     left.axhline(1 / n_expert, color="black", linewidth=0.8, linestyle="--")
     left.set_ylim(0)
     left.set_xlabel("steps (dotted: the switch; dashed: all experts alike)")
@@ -107,9 +106,7 @@ def main():
     figure.savefig(HERE / "experts.png", dpi=110)
     print("| run | what | seeds | mean | each |\n| --- | --- | --- | --- | --- |")
     for (tst, what), values in table.items():
-        deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        print(f"| {'TST' if tst else 'baseline'} | {what} | {len(values)} | "
-              f"{statistics.mean(values):.3f}{deviation} | "
+        print(f"| {'TST' if tst else 'baseline'} | {what} | {len(values)} | {spread(values)} | "
               f"{', '.join(f'{value:.3f}' for value in values)} |")
 
 

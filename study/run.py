@@ -4,7 +4,7 @@
     python study/run.py seeds lr                # run them; what is done is skipped, what stopped
                                                 # goes on; a row a run
     python study/run.py seeds --test            # and look at the test split, once, at the end
-    python study/run.py seeds --done            # train and measure nothing: the rows of what is done
+    python study/run.py seeds --done            # train and measure nothing: rows of what is done
 
 A run's folder is runs/study/ and its flags. The same run in two experiments is made once and has
 a row in each. Of baselines that differ in --steps alone only the longest is trained from its
@@ -57,36 +57,33 @@ THREE = FIVE[:3]
 SHRINKING = dict(s="8,4,2", r=0.15)
 BEFORE = dict(n_layer=2, n_head=2, n_kv_head=1)         # tiny until now, which does not copy
 LONG = dict(**BEFORE, steps=3500)
+HEADS = "--n-head 4 --n-kv-head 4"
 EXPERIMENTS = {
     "seeds": both(seed=FIVE),
     # tiny by the baseline alone: 270 s on two idle cores, by the time of a step measured alone
     "search": [f"--s 1 {flags}" for flags in (
         "--n-layer 2 --n-head 2 --n-kv-head 1 --steps 3058",
-        "--n-layer 2 --n-head 4 --n-kv-head 4 --n-hidden 256 --steps 2718",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --steps 2358",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --lr 6e-3 --steps 2358",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --decay-frac 0.6 --steps 2358",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 128 --steps 2600",
+        f"--n-layer 2 {HEADS} --n-hidden 256 --steps 2718",
+        f"--n-layer 3 {HEADS} --steps 2358",
+        f"--n-layer 3 {HEADS} --lr 6e-3 --steps 2358",
+        f"--n-layer 3 {HEADS} --decay-frac 0.6 --steps 2358",
+        f"--n-layer 3 {HEADS} --n-hidden 128 --steps 2600",
         "--n-layer 3 --n-head 4 --n-kv-head 2 --steps 2510",
         "--n-layer 3 --n-head 4 --n-kv-head 2 --n-hidden 256 --steps 2310",
         "--n-layer 3 --n-head 2 --n-kv-head 2 --n-hidden 256 --steps 2213",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --steps 2176",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --lr 6e-3 --steps 2176",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --init-std 0.02 --steps 2176",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --batch-size 16 --steps 3471",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --seq-len 64 --batch-size 48 "
-        "--steps 2148",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --seq-len 128 --batch-size 24 "
-        "--steps 1962",
-        "--n-layer 3 --n-head 4 --n-kv-head 4 --n-hidden 256 --data data/python-2048 --steps 1649",
-        "--n-layer 3 --n-embd 128 --n-head 4 --n-kv-head 4 --n-hidden 192 --steps 1750",
-        "--n-layer 3 --n-embd 128 --n-head 4 --n-kv-head 4 --n-hidden 320 --steps 1567",
-        "--n-layer 4 --n-head 4 --n-kv-head 4 --steps 1880",
-        "--n-layer 4 --n-head 4 --n-kv-head 4 --n-hidden 256 --seq-len 128 --batch-size 12 "
-        "--steps 2560",
-        "--n-layer 4 --n-head 4 --n-kv-head 4 --n-hidden 256 --seq-len 256 --batch-size 6 "
-        "--steps 2396",
-        "--n-layer 4 --n-embd 64 --n-head 4 --n-kv-head 4 --n-hidden 192 --steps 2706")],
+        f"--n-layer 3 {HEADS} --n-hidden 256 --steps 2176",
+        f"--n-layer 3 {HEADS} --n-hidden 256 --lr 6e-3 --steps 2176",
+        f"--n-layer 3 {HEADS} --n-hidden 256 --init-std 0.02 --steps 2176",
+        f"--n-layer 3 {HEADS} --n-hidden 256 --batch-size 16 --steps 3471",
+        f"--n-layer 3 {HEADS} --n-hidden 256 --seq-len 64 --batch-size 48 --steps 2148",
+        f"--n-layer 3 {HEADS} --n-hidden 256 --seq-len 128 --batch-size 24 --steps 1962",
+        f"--n-layer 3 {HEADS} --n-hidden 256 --data data/python-2048 --steps 1649",
+        f"--n-layer 3 --n-embd 128 {HEADS} --n-hidden 192 --steps 1750",
+        f"--n-layer 3 --n-embd 128 {HEADS} --n-hidden 320 --steps 1567",
+        f"--n-layer 4 {HEADS} --steps 1880",
+        f"--n-layer 4 {HEADS} --n-hidden 256 --seq-len 128 --batch-size 12 --steps 2560",
+        f"--n-layer 4 {HEADS} --n-hidden 256 --seq-len 256 --batch-size 6 --steps 2396",
+        f"--n-layer 4 --n-embd 64 {HEADS} --n-hidden 192 --steps 2706")],
     # TST's s and r on tiny, with seed 0
     "tuning": both() + grid(s=6, r=0.1) + grid(s=4, r=0.2),
     # how much of TST is copying: tiny of before, and trunks whose baseline copies
@@ -140,6 +137,13 @@ def finished(out):
 def baseline(flags):
     """The flags of the baseline of a run whose flags begin with --s and --r: the same others."""
     return re.sub(r"--s [\d,]+( --r [\d.,]+)?", "--s 1", flags)
+
+
+def pairs(runs):
+    """[(flags, its baseline's), ...] of the TST runs among `runs` where both are done."""
+    return [(flags, baseline(flags)) for flags in dict.fromkeys(runs)
+            if flags != baseline(flags) and finished(folder(flags))
+            and finished(folder(baseline(flags)))]
 
 
 def log(flags):

@@ -7,18 +7,12 @@ The steps to recover are those from the switch until the validation losses cross
 straight lines between the evaluations. (The spike is large enough for training losses, the
 crossing is not: after the switch the two read different text.)
 """
-from run import EXPERIMENTS, baseline, finished, folder, log
+from run import EXPERIMENTS, log, pairs
 
 
-def cost(flags):
-    """(switch step, spike, steps to recover or None) of a run.
-
-    None if it is a baseline, lacks one, or is not done.
-    """
-    pair = flags, baseline(flags)
-    if flags == pair[1] or not all(finished(folder(one)) for one in pair):
-        return None
-    ours, theirs = map(log, pair)
+def cost(flags, plain):
+    """(switch step, spike, steps to recover or None) of a run and its baseline."""
+    ours, theirs = log(flags), log(plain)
     less = [a["loss"] - b["loss"] for a, b in zip(ours, theirs)]
     switch = sum(line["phase"] == "superposition" for line in ours)
     points = [(a["step"], a["val_loss"] - b["val_loss"]) for a, b in zip(ours, theirs)
@@ -33,12 +27,10 @@ def cost(flags):
 def main():
     print("| flags | switch | spike | steps to recover |\n| --- | --- | --- | --- |")
     runs = [flags for name in ("seeds", "r", "length") for flags in EXPERIMENTS[name]]
-    for flags in dict.fromkeys(runs):
-        found = cost(flags)
-        if found:
-            switch, spike, recovered = found
-            after = "never" if recovered is None else recovered
-            print(f"| `{flags}` | {switch} | {spike:+.2f} | {after} |")
+    for flags, plain in pairs(runs):
+        switch, spike, recovered = cost(flags, plain)
+        after = "never" if recovered is None else recovered
+        print(f"| `{flags}` | {switch} | {spike:+.2f} | {after} |")
 
 
 if __name__ == "__main__":

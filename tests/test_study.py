@@ -115,7 +115,7 @@ def test_an_edit_changes_what_it_says_and_trains_on(study, flags, monkeypatch):
         assert (ours[6] == theirs[6]) == same_at_first          # the first loss after the switch
 
 
-def test_the_load_of_experts_is_that_of_their_slots(study, flags):
+def test_the_load_of_experts_is_that_of_their_slots(study, flags, monkeypatch):
     chosen = torch.tensor([[[0, 1], [0, 2]], [[3, 1], [1, 3]]])         # 2 layers, 2 tokens, k = 2
     load = experts.load(chosen, 4)
     assert load.tolist() == [[0.5, 0.25, 0.25, 0], [0, 0.5, 0, 0.5]]
@@ -126,6 +126,10 @@ def test_the_load_of_experts_is_that_of_their_slots(study, flags):
 
     words = [*flags, "--n-expert", "4"]
     train_tst.main([*words, *run.way(run.folder(" ".join(words)))])
+    models, load_model = [], experts.load_model
+    monkeypatch.setattr(experts, "ROWS", 10)                            # one batch
+    monkeypatch.setattr(experts, "load_model", lambda path: models.append(load_model(path))
+                        or models[-1])
     n_expert, found = experts.readings(" ".join(words))
     assert n_expert == 4 and list(found) == list(experts.READINGS)
     bags, before, end = found.values()
@@ -133,6 +137,8 @@ def test_the_load_of_experts_is_that_of_their_slots(study, flags):
     assert not torch.equal(bags, before) and not torch.equal(before, end)
     counts = run.log(" ".join(words))[-1]["largest_share"]
     assert abs(experts.load(end, 4).amax(1).mean().item() - counts) < 0.1
+    for (model, _), chosen in zip(models, (end, bags, before)):         # in the order of reading
+        assert experts.load(chosen, 4).amax(1).mean() == pytest.approx(model.load[1].item())
 
 
 def test_no_table_mixes_data(study, capsys):
