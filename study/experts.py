@@ -123,7 +123,7 @@ def draw_loads(axes, loads):
                     [f"layer {k + 1}" for k in range(n_layer)])
     axes.set_xlabel("experts of each layer, most used by bags first")
     axes.set_ylabel("share of slots")
-    axes.set_title("The load that the same text makes, seed 0", fontsize=10)
+    axes.set_title("The load over the validation split, seed 0", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
 
 
