@@ -58,6 +58,9 @@ SHRINKING = dict(s="8,4,2", r=0.15)
 BEFORE = dict(n_layer=2, n_head=2, n_kv_head=1)         # tiny until now, which does not copy
 LONG = dict(**BEFORE, steps=3500)
 HEADS = "--n-head 4 --n-kv-head 4"
+AROUND = [1680, None, 3360, 4800]       # baselines of 0.7, 1, 1.4 and 2 times tiny's steps, for w
+LONGER = [*AROUND, 6720, 9600]
+C, PROSE = "data/c-1024", "data/prose-4096"
 EXPERIMENTS = {
     "seeds": both(seed=FIVE),
     # tiny by the baseline alone: 270 s on two idle cores, by the time of a step measured alone
@@ -98,7 +101,11 @@ EXPERIMENTS = {
     + grid(patch="residual", s=1, **BEFORE, steps=1000, seed=THREE),
     "experts": grid(model="tiny-moe", s=1, seed=THREE)
     + grid(model="tiny-moe", s=6, r=0.2, seed=THREE),
-    "worth": grid(s=1, steps=[1680, None, 3360, 4800], seed=FIVE),     # 0.7, 1, 1.4 and 2 times n
+    "worth": grid(s=1, steps=AROUND, seed=FIVE),
+    # what a superposed step is worth, by corpus, length and s: seed 0
+    "map": grid(s=1, data=C, steps=LONGER) + grid(s=[2, 4, 6], r=0.2, data=C, steps=[None, 4800])
+    + grid(s=6, r=0.2, data=C, steps=9600) + grid(s=1, data=PROSE, steps=AROUND)
+    + grid(s=6, r=0.2, data=PROSE, steps=[None, 4800]),
     "lr": both(lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
     "init": both(init_std=[None, 0.02], seed=THREE),
