@@ -18,7 +18,7 @@ import experts
 import run
 import split
 import table
-from worth import worth
+from worth import PAPER, worth
 
 
 @pytest.fixture
@@ -59,12 +59,11 @@ def test_every_byte_of_the_validation_split_is_read_once_whatever_the_context(co
 
 
 def test_a_superposed_step_of_the_paper_is_worth_what_its_tables_say():
-    small = {20_000: 3.212, 100_000: 3.092}
-    assert worth(3.142, small, 20_000, 0.3) == (pytest.approx(6.19, abs=0.01), "")
-    three = {20_000: 2.808, 36_000: 2.677, 50_000: 2.640}
-    assert worth(2.676, three, 20_000, 0.3) == (pytest.approx(3.72, abs=0.01), "")
-    assert worth(2.236, {125_000: 2.252}, 49_983, 0.25) == (pytest.approx(7.0, abs=0.01), ">")
-    assert worth(2.9, three, 20_000, 0.3) == (pytest.approx(1.0), "<")
+    expected = {"270M": (6.19, ""), "3B": (3.72, ""), "10B-A1B": (7.0, ">")}
+    for name, (n, r, _, loss, baselines) in PAPER.items():
+        w, bound = expected[name]
+        assert worth(loss, baselines, n, r) == (pytest.approx(w, abs=0.01), bound)
+    assert worth(2.9, PAPER["3B"][-1], 20_000, 0.3) == (pytest.approx(1.0), "<")
 
 
 def test_a_run_has_a_row_with_every_column(study, flags):
