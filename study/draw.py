@@ -1,13 +1,23 @@
-"""The README's picture, from what `python study/run.py seeds` has left in runs/study/.
+"""The README's pictures.
 
-    pip install matplotlib && python study/draw.py          # writes study/loss.png
+    pip install matplotlib && python study/draw.py          # study/loss.png and study/map.png
 
-Validation loss against steps, means and ranges over the seeds that both methods have finished.
+loss.png: validation loss against steps, means and ranges over the seeds that both methods have
+finished, from what `python study/run.py seeds` has left in runs/study/. map.png: TST
+minus baseline against the length of both, from study/results.csv, beside the paper's models.
 """
 import statistics
 from collections import defaultdict
 
-from run import EXPERIMENTS, HERE, log, pairs
+from run import EXPERIMENTS, HERE, log, pairs, read_rows
+
+from table import flags_of, lengths, spread
+
+MAP = "--s 6 --r 0.2"                   # of whose runs map.png has a point each
+PAPER_GAINS = {                         # {model: {steps: its loss minus its baseline's}}
+    "270M": {20_000: 3.142 - 3.212, 100_000: 3.048 - 3.092},
+    "600M": {20_000: 2.943 - 3.019},
+    "3B": {20_000: 2.676 - 2.808}}
 
 
 def curve(runs):
@@ -20,14 +30,11 @@ def curve(runs):
     return {step: each for step, each in losses.items() if len(each) == len(runs)}
 
 
-def main():
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise SystemExit("study/draw.py: matplotlib is missing: pip install matplotlib")
+def draw_loss(pyplot):
     done = pairs(EXPERIMENTS["seeds"])
     if not done:
-        raise SystemExit("study/draw.py: no seed is done yet: python study/run.py seeds")
+        print("no seed is done here: python study/run.py seeds")
+        return
     tst, plain = zip(*done)
     figure, axes = pyplot.subplots(figsize=(7.5, 3.8), constrained_layout=True)
     end = axes.inset_axes((0.48, 0.36, 0.49, 0.42))
@@ -54,6 +61,55 @@ def main():
         part.grid(alpha=0.3)
     figure.savefig(HERE / "loss.png", dpi=120)
     print(f"{HERE / 'loss.png'} is drawn, of {len(done)} seeds")
+
+
+def gains(rows):
+    """{data and vocabulary: {steps: [TST's loss minus its baseline's, of each seed]}} of MAP."""
+    plain, found = lengths(rows, "val_loss"), defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        method, same, _ = flags_of(row)
+        steps = int(row["steps"])
+        loss = plain.get((same, row["seed"], row["data_hash"]), {}).get(steps)
+        if row["experiment"] in ("seeds", "map") and method == MAP and loss:
+            kind = same.removeprefix("--data data/").partition("-")[0] or "python"
+            found[f"{kind}, vocabulary {int(row['vocab_size']):,}"][steps].append(
+                float(row["val_loss"]) - loss)
+    return found
+
+
+def draw_map(pyplot):
+    found = gains([row for row in read_rows() if row["data_hash"]])
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.8), constrained_layout=True)
+    for colour, (name, by_steps) in zip(("tab:green", "tab:blue", "tab:orange"), found.items()):
+        steps = sorted(by_steps)
+        axes.plot(steps, [statistics.mean(by_steps[n]) for n in steps], "-", color=colour)
+        for n in steps:
+            axes.plot([n] * len(by_steps[n]), by_steps[n], "o", color=colour, markersize=5)
+        axes.plot([], [], "o-", color=colour, label=f"here, a point a seed: {name}")
+    for name, losses in PAPER_GAINS.items():
+        axes.plot(list(losses), list(losses.values()), "s--", color="black", markersize=5)
+        axes.annotate(name, list(losses.items())[0], xytext=(6, -3), textcoords="offset points",
+                      fontsize=9)
+    axes.plot([], [], "s", color="black", label="the paper's models, r = 0.3")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("optimizer steps of both runs")
+    axes.set_ylabel("TST minus baseline (nats per token)")
+    axes.legend(frameon=False, fontsize=9)
+    axes.grid(alpha=0.3)
+    figure.savefig(HERE / "map.png", dpi=120)
+    print(f"{HERE / 'map.png'} is drawn: " + "; ".join(
+        f"{name}: " + ", ".join(f"{n:,} steps {spread(by_steps[n], '+')}" for n in sorted(by_steps))
+        for name, by_steps in found.items()))
+
+
+def main():
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise SystemExit("study/draw.py: matplotlib is missing: pip install matplotlib")
+    draw_loss(pyplot)
+    draw_map(pyplot)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))
 import branch
 import edit
 import experts
+import rarity
 import run
 import split
 import table
@@ -80,6 +82,25 @@ def test_a_run_has_a_row_with_every_column(study, flags):
         1 - found["hit_share"] - found["seen_share"]) * found["unseen"]
     assert parts == pytest.approx(found["loss"])
     assert found["loss"] == pytest.approx(run.finished(out)[1]["val_loss"], abs=0.01)   # all rows
+
+
+def test_a_band_holds_the_tokens_that_begin_within_its_share_of_the_text():
+    tokens = np.repeat([3, 0, 2, 4, 1], [8, 4, 2, 1, 1])                # begin at 0, 8 and so on
+    assert rarity.bands(tokens, 6).tolist() == [2, 3, 3, 0, 4, 5]       # 5 never occurs
+
+
+def test_the_bands_together_lose_what_the_kinds_lose(study, flags, monkeypatch):
+    monkeypatch.setattr(rarity, "EVERY", 1)
+    text = " ".join(flags)
+    train_tst.main([*flags, *run.way(run.folder(text))])
+    found, (args, _) = split.measured(run.folder(text)), run.finished(run.folder(text))
+    train, tokens, _, _ = data.load(args["data"])
+    band = rarity.bands(train.read(0, len(train)), train.vocab_size)
+    nats, counts = rarity.measure(run.folder(text), tokens, band)
+    targets = torch.from_numpy(tokens.read(1, found["targets"]))
+    assert counts.sum(0).tolist() == torch.bincount(band[targets], minlength=6).tolist()
+    for kind, loss in zip(split.KINDS, nats.sum(1) / counts.sum(1)):
+        assert loss.item() == pytest.approx(found[kind])
 
 
 def test_a_branched_baseline_is_the_one_trained_from_its_start(study, flags):
