@@ -88,8 +88,9 @@ def draw_map(pyplot):
         axes.plot([], [], "o-", color=colour, label=f"here, a point a seed: {name}")
     for name, losses in PAPER_GAINS.items():
         axes.plot(list(losses), list(losses.values()), "s--", color="black", markersize=5)
-        axes.annotate(name, list(losses.items())[0], xytext=(6, -3), textcoords="offset points",
-                      fontsize=9)
+        right = name == "600M"          # whose point is just below 270M's
+        axes.annotate(name, list(losses.items())[0], xytext=(6 if right else -6, -3), fontsize=9,
+                      textcoords="offset points", ha="left" if right else "right")
     axes.plot([], [], "s", color="black", label="the paper's models, r = 0.3")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")
