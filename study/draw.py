@@ -12,12 +12,9 @@ from collections import defaultdict
 from run import EXPERIMENTS, HERE, log, pairs, read_rows
 
 from table import flags_of, lengths, spread
+from worth import PAPER
 
 MAP = "--s 6 --r 0.2"                   # of whose runs map.png has a point each
-PAPER_GAINS = {                         # {model: {steps: its loss minus its baseline's}}
-    "270M": {20_000: 3.142 - 3.212, 100_000: 3.048 - 3.092},
-    "600M": {20_000: 2.943 - 3.019},
-    "3B": {20_000: 2.676 - 2.808}}
 
 
 def curve(runs):
@@ -64,7 +61,7 @@ def draw_loss(pyplot):
 
 
 def gains(rows):
-    """{data and vocabulary: {steps: [TST's loss minus its baseline's, of each seed]}} of MAP."""
+    """{(corpus, data_hash): {steps: [TST's loss minus its baseline's, of each seed]}} of MAP."""
     plain, found = lengths(rows, "val_loss"), defaultdict(lambda: defaultdict(list))
     for row in rows:
         method, same, _ = flags_of(row)
@@ -72,25 +69,28 @@ def gains(rows):
         loss = plain.get((same, row["seed"], row["data_hash"]), {}).get(steps)
         if row["experiment"] in ("seeds", "map") and method == MAP and loss:
             kind = same.removeprefix("--data data/").partition("-")[0] or "python"
-            found[f"{kind}, vocabulary {int(row['vocab_size']):,}"][steps].append(
-                float(row["val_loss"]) - loss)
+            corpus = f"{kind}, vocabulary {int(row['vocab_size']):,}"
+            found[corpus, row["data_hash"]][steps].append(float(row["val_loss"]) - loss)
     return found
 
 
 def draw_map(pyplot):
     found = gains([row for row in read_rows() if row["data_hash"]])
     figure, axes = pyplot.subplots(figsize=(7.5, 3.8), constrained_layout=True)
-    for colour, (name, by_steps) in zip(("tab:green", "tab:blue", "tab:orange"), found.items()):
+    for k, ((corpus, data_hash), by_steps) in enumerate(found.items()):
         steps = sorted(by_steps)
-        axes.plot(steps, [statistics.mean(by_steps[n]) for n in steps], "-", color=colour)
+        axes.plot(steps, [statistics.mean(by_steps[n]) for n in steps], "-", color=f"C{k}")
         for n in steps:
-            axes.plot([n] * len(by_steps[n]), by_steps[n], "o", color=colour, markersize=5)
-        axes.plot([], [], "o-", color=colour, label=f"here, a point a seed: {name}")
-    for name, losses in PAPER_GAINS.items():
-        axes.plot(list(losses), list(losses.values()), "s--", color="black", markersize=5)
-        right = name == "600M"          # whose point is just below 270M's
-        axes.annotate(name, list(losses.items())[0], xytext=(6 if right else -6, -3), fontsize=9,
-                      textcoords="offset points", ha="left" if right else "right")
+            axes.plot([n] * len(by_steps[n]), by_steps[n], "o", color=f"C{k}", markersize=5)
+        axes.plot([], [], "o-", color=f"C{k}", label=f"here, a point a seed: {corpus}")
+        print(f"{corpus}, data {data_hash}: " + ", ".join(
+            f"{n:,} steps {spread(by_steps[n], '+')}" for n in steps))
+    for model, n, _, _, loss, baselines in PAPER:
+        if n in baselines:              # the mixture's baseline has another length
+            axes.plot(n, loss - baselines[n], "s", color="black", markersize=5)
+            right = model == "600M"     # whose point is just below 270M's
+            axes.annotate(model, (n, loss - baselines[n]), xytext=(6 if right else -6, -3),
+                          fontsize=9, textcoords="offset points", ha="left" if right else "right")
     axes.plot([], [], "s", color="black", label="the paper's models, r = 0.3")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")
@@ -99,9 +99,7 @@ def draw_map(pyplot):
     axes.legend(frameon=False, fontsize=9)
     axes.grid(alpha=0.3)
     figure.savefig(HERE / "map.png", dpi=120)
-    print(f"{HERE / 'map.png'} is drawn: " + "; ".join(
-        f"{name}: " + ", ".join(f"{n:,} steps {spread(by_steps[n], '+')}" for n in sorted(by_steps))
-        for name, by_steps in found.items()))
+    print(f"{HERE / 'map.png'} is drawn")
 
 
 def main():

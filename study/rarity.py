@@ -9,7 +9,7 @@ EVERY is read.
 """
 import argparse
 
-from run import ROOT, baseline, finished, folder
+from run import ROOT, baseline, finished, folder, pairs
 from split import KINDS, batches, kinds, losses
 
 import numpy as np
@@ -29,11 +29,11 @@ def bands(tokens, vocab_size):
 
     A token is in the band where its share begins, so none is cut.
     """
-    share = np.bincount(tokens, minlength=vocab_size) / len(tokens)
-    order = np.argsort(-share, kind="stable")
-    begins = share[order].cumsum() - share[order]
+    counts = np.bincount(tokens, minlength=vocab_size)
+    order = np.argsort(-counts, kind="stable")
+    begins = counts[order].cumsum() - counts[order]
     found = np.empty(vocab_size, np.int64)
-    found[order] = np.searchsorted(BANDS[:-1], begins + 1e-9, side="right")
+    found[order] = np.searchsorted(BANDS[:-1], begins / len(tokens), side="right")
     return torch.from_numpy(found)
 
 
@@ -49,6 +49,12 @@ def measure(out, tokens, band):
     return nats.view(len(KINDS), -1), counts.view(len(KINDS), -1)
 
 
+def with_sums(x):
+    """x (m, n) with a column and a row more, of its sums: (m + 1, n + 1)."""
+    x = torch.cat((x, x.sum(0, keepdim=True)))
+    return torch.cat((x, x.sum(1, keepdim=True)), 1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,8 +62,8 @@ def main():
     parser.add_argument("runs", nargs="+", help="each the flags of a finished TST run, in quotes")
     torch.set_num_threads(1)
     for flags in parser.parse_args().runs:
-        if not (finished(folder(flags)) and finished(folder(baseline(flags)))):
-            fail(f"{flags}: it or its baseline is no finished run of study/run.py")
+        if not pairs([flags]):
+            fail(f"{flags}: no finished TST run of study/run.py whose baseline is finished too")
         args, _ = finished(folder(flags))
         train, tokens, _, _ = data.load(ROOT / args["data"])
         band = bands(train.read(0, min(len(train), COUNTED)), train.vocab_size)
@@ -66,13 +72,11 @@ def main():
         print(f"\n`{flags}` minus `{baseline(flags)}`\n")
         print(f"| tokens | of targets | {' | '.join(KINDS)} | all |\n{'| --- ' * 6}|")
         sizes = torch.bincount(band, minlength=len(BANDS)).tolist()
-        for k, size in enumerate(sizes):
-            each = ((nats - plain) / counts)[:, k]
-            total = (nats - plain)[:, k].sum() / counts[:, k].sum()
-            cells = " | ".join(f"{value:+.3f}" for value in [*each, total])
-            print(f"| {size:,} | {counts[:, k].sum() / counts.sum():.1%} | {cells} |")
-        cells = " | ".join(f"{value:+.3f}" for value in (nats - plain).sum(1) / counts.sum(1))
-        print(f"| all | 100% | {cells} | {(nats - plain).sum() / counts.sum():+.3f} |")
+        shares = with_sums(counts)[-1] / counts.sum()
+        differences = (with_sums(nats - plain) / with_sums(counts)).T       # a row a band, and all
+        for size, share, each in zip([*sizes, sum(sizes)], shares, differences):
+            cells = " | ".join(f"{value:+.3f}" for value in each)
+            print(f"| {size:,} | {share:.1%} | {cells} |")
 
 
 if __name__ == "__main__":

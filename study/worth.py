@@ -10,10 +10,13 @@ study/table.py prints w where results.csv has baselines of other lengths.
 import math
 import statistics
 
-# The paper's tables (arXiv 2605.06546): n, r, s, TST's loss and {steps: loss} of its baselines
-PAPER = {"270M": (20_000, 0.3, 6, 3.142, {20_000: 3.212, 100_000: 3.092}),
-         "3B": (20_000, 0.3, 6, 2.676, {20_000: 2.808, 36_000: 2.677, 50_000: 2.640}),
-         "10B-A1B": (49_983, 0.25, 16, 2.236, {125_000: 2.252})}
+# The paper's tables (arXiv 2605.06546): model, steps, s, r, TST's loss, {steps: loss} of baselines
+SMALL = {20_000: 3.212, 100_000: 3.092}
+PAPER = (("270M", 20_000, 6, 0.3, 3.142, SMALL),
+         ("270M", 100_000, 6, 0.3, 3.048, SMALL),
+         ("600M", 20_000, 6, 0.3, 2.943, {20_000: 3.019}),
+         ("3B", 20_000, 6, 0.3, 2.676, {20_000: 2.808, 36_000: 2.677, 50_000: 2.640}),
+         ("10B-A1B", 49_983, 16, 0.25, 2.236, {125_000: 2.252}))
 GRID_SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16)
 PAPER_GRID = {      # appendix E, 270M at 20,000 steps: {r: the loss for each of GRID_SIZES}
     0.1: (3.1847, 3.1646, 3.1549, 3.1539, 3.1496, 3.1495, 3.1498, 3.1495, 3.1487),
@@ -56,9 +59,9 @@ def as_text(worths):
 
 
 def main():
-    print("| model | s | r | w |\n| --- | --- | --- | --- |")
-    for name, (n, r, s, loss, baselines) in PAPER.items():
-        print(f"| {name} | {s} | {r} | {as_text([worth(loss, baselines, n, r)])} |")
+    print("| model | steps | s | r | w |\n| --- | --- | --- | --- | --- |")
+    for model, n, s, r, loss, baselines in PAPER:
+        print(f"| {model} | {n:,} | {s} | {r} | {as_text([worth(loss, baselines, n, r)])} |")
     print(f"\n| 270M: r \\ s | {' | '.join(map(str, GRID_SIZES))} |\n"
           f"{'| --- ' * (1 + len(GRID_SIZES))}|")
     for r, losses in PAPER_GRID.items():

@@ -61,11 +61,15 @@ def test_every_byte_of_the_validation_split_is_read_once_whatever_the_context(co
 
 
 def test_a_superposed_step_of_the_paper_is_worth_what_its_tables_say():
-    expected = {"270M": (6.19, ""), "3B": (3.72, ""), "10B-A1B": (7.0, ">")}
-    for name, (n, r, _, loss, baselines) in PAPER.items():
-        w, bound = expected[name]
+    expected = {("270M", 20_000): (6.19, ""), ("270M", 100_000): (1.0, ">"),
+                ("600M", 20_000): (1.0, ">"), ("3B", 20_000): (3.72, ""),
+                ("10B-A1B", 49_983): (7.0, ">")}
+    for model, n, _, r, loss, baselines in PAPER:
+        w, bound = expected.pop((model, n))
         assert worth(loss, baselines, n, r) == (pytest.approx(w, abs=0.01), bound)
-    assert worth(2.9, PAPER["3B"][-1], 20_000, 0.3) == (pytest.approx(1.0), "<")
+    assert not expected
+    three = {20_000: 2.808, 36_000: 2.677, 50_000: 2.640}
+    assert worth(2.9, three, 20_000, 0.3) == (pytest.approx(1.0), "<")
 
 
 def test_a_run_has_a_row_with_every_column(study, flags):
