@@ -105,7 +105,7 @@ EXPERIMENTS = {
     # what a superposed step is worth, by corpus, length and s: seed 0, and three where C's sign
     # changes
     "map": grid(s=1, data=C, steps=LONGER) + grid(s=[2, 4, 6], r=0.2, data=C, steps=[None, 4800])
-    + grid(s=6, r=0.2, data=C, steps=9600) + both(data=C, steps=[None, 4800], seed=[1, 2])
+    + grid(s=6, r=0.2, data=C, steps=9600) + both(data=C, steps=[None, 4800, 9600], seed=[1, 2])
     + grid(s=1, data=PROSE, steps=AROUND)
     + grid(s=6, r=0.2, data=PROSE, steps=[None, 4800]),
     "lr": both(lr=[None, 1.5e-3, 6e-3]),
