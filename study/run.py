@@ -108,6 +108,8 @@ EXPERIMENTS = {
     + grid(s=6, r=0.2, data=C, steps=9600) + both(data=C, steps=[None, 4800, 9600], seed=[1, 2])
     + grid(s=1, data=PROSE, steps=AROUND)
     + grid(s=6, r=0.2, data=PROSE, steps=[None, 4800]),
+    # the map's cell where TST was furthest ahead, with seeds that had no part in choosing it
+    "confirm": both(data=C, steps=9600, seed=[3, 4, 5, 6, 7]),
     "lr": both(lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
     "init": both(init_std=[None, 0.02], seed=THREE),
