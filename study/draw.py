@@ -67,7 +67,7 @@ def gains(rows):
         method, same, _ = flags_of(row)
         steps = int(row["steps"])
         loss = plain.get((same, row["seed"], row["data_hash"]), {}).get(steps)
-        if row["experiment"] in ("seeds", "map") and method == MAP and loss:
+        if row["experiment"] in ("seeds", "map", "confirm") and method == MAP and loss:
             kind = same.removeprefix("--data data/").partition("-")[0] or "python"
             corpus = f"{kind}, vocabulary {int(row['vocab_size']):,}"
             found[corpus, row["data_hash"]][steps].append(float(row["val_loss"]) - loss)
@@ -75,7 +75,7 @@ def gains(rows):
 
 
 def draw_map(pyplot):
-    found = gains([row for row in read_rows() if row["data_hash"]])
+    found = gains(read_rows())
     figure, axes = pyplot.subplots(figsize=(7.5, 3.8), constrained_layout=True)
     for k, ((corpus, data_hash), by_steps) in enumerate(found.items()):
         steps = sorted(by_steps)

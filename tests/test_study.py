@@ -14,6 +14,7 @@ from model import load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))
 import branch
+import draw
 import edit
 import experts
 import rarity
@@ -171,7 +172,7 @@ def test_no_table_mixes_data(study, capsys):
         length = "" if steps == 2400 else f" --steps {steps}"
         return {**dict.fromkeys(run.COLUMNS, ""), "experiment": "seeds", "seed": "0", "s": s,
                 "r": r, "steps": steps, "val_loss": loss, "data_hash": data_hash,
-                "commit": "abc" if data_hash else "",
+                "commit": "abc" if data_hash else "", "vocab_size": 1024,
                 "command": f"python train_tst.py {method}{length}"}
 
     run.write_rows([
@@ -183,6 +184,9 @@ def test_no_table_mixes_data(study, capsys):
     assert "`--s 6 --r 0.2` | 1 | 2.9000 | -0.1000 | 3.07 |" in first   # 2400 * 2 ** 0.5 steps
     assert second.splitlines()[-1] == "| `--s 6 --r 0.2` | 1 | 2.7000 |  |  |"
     assert "2.5" not in first + second
+    (name, by_steps), = draw.gains(run.read_rows()).items()            # "bbb" has no baseline
+    assert name == ("python, vocabulary 1,024", "aaa")
+    assert by_steps == {2400: [pytest.approx(-0.1)]}
     table.main(["--old"])
     old = capsys.readouterr().out
     assert "seeds, old rows" in old and "2.5000" in old and "2.9" not in old
