@@ -43,17 +43,17 @@ class Batches:
     So resuming is asking for another step, whatever the processes and micro-batches are. The
     stream is cut into blocks of l * lcm(all s_in) tokens, which any phase can cut into whole
     rows. They are shuffled once with the seed, and each phase gets a run of them, in proportion
-    to the tokens that it reads. A phase with n blocks of p rows reads part 0 of every block, then
-    part 1 of every block: row k is part (k // n) % p of block k % n. Say, 15 tokens, l = 2, one
+    to the tokens that it reads. A phase with n blocks of p rows reads row 0 of every block, then
+    row 1 of every block: its k-th is row (k // n) % p of block k % n. Say, 15 tokens, l = 2, one
     row a step, 1 step of s = 3, then 3 of s = 1:
 
-        blocks     0 1 2 3 4 5 | 6 7 8 9 10 11 | 12 13 14    of 2 * lcm(3, 1); the rest, targets
+        blocks     0 1 2 3 4 5 | 6 7 8 9 10 11 | 12 13 14    of 2 * lcm(3, 1); the rest: targets
         shuffled   the second, the first                     s = 3 gets one, s = 1 the other
         step 0     6 7 8  9 10 11  12 13 14                  s = 3: the last bag only a target
-        steps 1-3  0 1 2,  2 3 4,  4 5 6                     s = 1: parts 0, 1, 2 of its block
+        steps 1-3  0 1 2,  2 3 4,  4 5 6                     s = 1: rows 0, 1, 2 of its block
 
-    In an epoch each token is an input once, in one phase, and where s_in = s_out a target at
-    most once in a phase; only the last targets of a row may lie in another phase's block.
+    In an epoch each token is at most once an input, in one phase, and where s_in = s_out at most
+    once a target in a phase; only the last targets of a row may lie in another phase's block.
 
     tokens: a `Stream`; phases: [(steps, s_in, s_out), ...]. `epochs` says how often the run
     will read its data. SystemExit(2) if a phase has too few rows for one batch.
@@ -194,7 +194,7 @@ def load_encoding(folder, name):
 def fail(message, status=2, anywhere=False):
     """One line on standard error, and exit; under torchrun only a machine's first process speaks.
 
-    anywhere: any process does, of what can befall one alone.
+    anywhere: every process speaks, of what can befall one alone.
     """
     if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

@@ -32,7 +32,7 @@ class Config:
     seq_len: int = 1024                 # l, the positions the trunk sees
 
 
-PRESETS = {
+PRESETS = {                             # layers, width, heads, KV heads, SwiGLU width
     "tiny": Config(3, 96, 4, 4, 192, rope_theta=10_000.0, init_std=0.05, seq_len=96),
     "270m": Config(30, 768, 12, 4, 2048),
     "600m": Config(32, 1152, 18, 6, 3072),
@@ -61,9 +61,9 @@ def multi_hot_cross_entropy(logits, targets, weights=None):
     ordinary cross-entropy. To read and to test by: training runs `ChunkedHeadLoss`, its equal.
     """
     logits = at_least_float32(logits)
-    hits = logits.gather(-1, targets)                                   # (..., s)
-    hit = hits.mean(-1) if weights is None else (hits * weights.to(hits)).sum(-1)
-    return (logits.logsumexp(-1) - hit).mean()
+    z_y = logits.gather(-1, targets)                                    # (..., s)
+    mean = z_y.mean(-1) if weights is None else (z_y * weights.to(z_y)).sum(-1)
+    return (logits.logsumexp(-1) - mean).mean()
 
 
 def bag_weights(kind, s):
@@ -95,7 +95,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def forward(self, bags, targets=None, weights=None):
-        """bags (B, l, s) integer -> logits (B, l, V), or with targets (B, l, s) the scalar loss.
+        """bags (B, l, s_in) integer -> logits (B, l, V), or with targets (B, l, s_out) the loss.
 
         V is vocab_size, padded; the padding is never a target. weights as `bag_weights`. It leaves
         the mean load of the layers' experts in `self.load`, see MoE; a dense model's is zero.
@@ -112,14 +112,10 @@ class GPT(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.head(x)
-        if weights is None:
-            exact = torch.promote_types(self.head.weight.dtype, torch.float32)
-            s = targets.size(-1)
-            weights = torch.full((s,), 1 / s, dtype=exact, device=x.device)
         return ChunkedHeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(0, 1),
                                      weights, torch.is_grad_enabled(), self.normalise)
 
-    def flops_per_token(self):
+    def flops_per_position(self):
         """Model FLOPs of a training step per position, forward and backward, whatever s is.
 
         6 per weight in a matrix product, and 12 l per layer and column of the queries for the
@@ -169,8 +165,9 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         q = rope(self.q_norm(q), cos, sin).type_as(v)       # autocast leaves a norm in float32
         k = rope(self.k_norm(k), cos, sin).type_as(v)
-        if q.is_cuda and q.dtype == torch.float32:  # where no fused kernel knows GQA, and the
-            repeats = self.n_head // self.n_kv_head     # other one keeps every attention matrix
+        # In float32 no fused CUDA kernel knows GQA, and the unfused one keeps whole matrices
+        if q.is_cuda and q.dtype == torch.float32:
+            repeats = self.n_head // self.n_kv_head
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True,     # (B, H, l, head_dim)
                                            enable_gqa=k.size(1) < q.size(1))
@@ -287,18 +284,22 @@ class ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, weights, with_grad, normalise):
-        """x (N, d), head (V, d), targets (N, s), weights (s,) -> scalar, mean over the N."""
+        """x (N, d), head (V, d), targets (N, s), weights (s,) or None -> scalar, mean over the N.
+
+        with_grad: whether gradients are wanted; in here autograd is off and cannot tell.
+        """
         size = 512 if x.device.type == "cpu" else 4096      # fits a CPU's cache; fills a GPU
         exact = torch.promote_types(head.dtype, torch.float32)
-        weights = weights.to(exact)
+        s = targets.size(1)
+        weights = x.new_full((s,), 1 / s, dtype=exact) if weights is None else weights.to(exact)
         loss, grad_x = 0.0, []
         grad_head = torch.zeros_like(head, dtype=exact) if with_grad else None
         for chunk, target in zip(x.split(size), targets.split(size)):
             z = F.linear(chunk, head)                                   # (size, V), the logits
-            hit = (z.gather(1, target) * weights).sum(1)    # not @, which autocast makes bfloat16
+            mean = (z.gather(1, target) * weights).sum(1)   # not @, which autocast makes bfloat16
             torch._dynamo.maybe_mark_dynamic(z, 0)          # one graph for any number of rows
-            lse, p = normalise(z)                           # log-sum-exp; it overwrites z
-            loss = loss + (lse - hit).sum()
+            lse, p = normalise(z)                           # log-sum-exp; may overwrite z
+            loss = loss + (lse - mean).sum()
             if with_grad:
                 p.scatter_add_(1, target, -weights.expand_as(target))   # now the gradient in z
                 z.copy_(p)                                  # in the dtype of the products
@@ -319,7 +320,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
 def normalise(z):
     """Logits (n, V) -> their log-sum-exp (n,) and softmax (n, V), in float32 or better.
 
-    It overwrites z. Elementwise and rows' sums alone, without targets: no shape depends on s.
+    A float32 z is overwritten, which saves memory. The targets stay outside, so that no shape in
+    here depends on s and it is compiled once.
     """
     z = at_least_float32(z)
     top = z.amax(1, keepdim=True)                           # so that no exponential overflows

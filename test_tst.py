@@ -202,7 +202,7 @@ def test_a_superposed_step_costs_the_flops_of_a_baseline_step(s):
     model, rows = GPT(SMALL), torch.randint(0, VOCAB, (3, 17 * s))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*data.bags(rows, s, s)).backward()
-    assert counter.get_total_flops() == model.flops_per_token() * 3 * 16
+    assert counter.get_total_flops() == model.flops_per_position() * 3 * 16
 
 
 def test_superposition_adds_no_parameter_and_no_buffer():
@@ -287,7 +287,7 @@ def test_seeds_differ_in_data_order():
     assert not torch.equal(one.rows(0, 0, 4), other.rows(0, 0, 4))
 
 
-# Runs. The language: every other token is one of 20 at random, the next follows from it
+# Runs, on a toy language: every other token is one of 20 at random, the next follows from it
 
 RANDOM_TOKENS = 20
 BEST_LOSS = math.log(RANDOM_TOKENS) / 2                         # nats per token that one can reach
@@ -296,7 +296,7 @@ BEST_BAG_LOSS = math.log(2 * RANDOM_TOKENS)     # of bags of 2: one of 20, or on
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
-    """A folder with 100,000 training tokens of it."""
+    """A folder with 100,000 training tokens of the toy language."""
     folder = tmp_path_factory.mktemp("language")
     tokens = np.random.default_rng(0).integers(0, RANDOM_TOKENS, 110_000)
     tokens[1::2] = tokens[::2] * 7 + RANDOM_TOKENS

@@ -143,8 +143,10 @@ def train(args, argv=None):
     with device:
         model = GPT(config)
     compiled = args.compile and compiler_works(device, say)
-    if compiled:                        # in place, so the parameters keep their names: one graph
-        for block in model.blocks:      # for all blocks, which never sees a bag, one for the loss
+    if compiled:
+        # In place, so that the parameters keep their names. One graph serves all blocks and every
+        # s, for a block sees (micro, l, d) whatever s is; another one serves the loss
+        for block in model.blocks:
             block.compile(dynamic=False)
         model.normalise = torch.compile(model.normalise)
     wrapped, sharded = model, args.fsdp and WORLD > 1
@@ -168,8 +170,8 @@ def train(args, argv=None):
     describe(args, model, device, compiled, train_tokens, batches, phases, start, say)
     log = open_folder(out, args, meta, keep=start) if RANK == 0 else None
     positions = args.batch_size * args.seq_len                  # that the trunk sees in a step
-    tokens = positions * sum(s_in for s_in, _ in sizes[:start])
-    flops = model.flops_per_token() * positions / WORLD         # of a step, for this process
+    tokens_read = positions * sum(s_in for s_in, _ in sizes[:start])
+    flops = model.flops_per_position() * positions / WORLD      # of a step, for this process
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in gpu), None)
     bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True)
@@ -191,7 +193,7 @@ def train(args, argv=None):
                 rows = rows.pin_memory()                        # so that the copy need not wait
             rows = rows.to(device, non_blocking=True)
             inputs, targets = data.bags(rows, s_in, s_out)      # (micro, l, s_in) and (.., s_out)
-            wrapped.require_backward_grad_sync = i + micro == share     # DDP's: share them once
+            wrapped.require_backward_grad_sync = i + micro == share     # DDP reduces once
             with autocast:
                 part = wrapped(inputs, targets, weights) / (share // micro)
                 part_load = model.load / (share // micro)       # of experts; zero if dense
@@ -213,14 +215,14 @@ def train(args, argv=None):
         if WORLD > 1:
             dist.all_reduce(report)                             # all ranks stop after the same step
         mean_loss, norm, stops, balance, largest_share = (report / WORLD).tolist()
-        done, tokens = step + 1, tokens + positions * s_in
+        done, tokens_read = step + 1, tokens_read + positions * s_in
         if not math.isfinite(mean_loss + norm):
             fail(f"step {done:,}: the loss is {mean_loss} and the gradient's norm {norm}; start "
                  f"anew, with a --lr below {args.lr:g} and another --out", status=1)
         seconds = seconds_before + time.time() - begun
         entry = {"step": done, "phase": "superposition" if step < switch else "recovery",
                  "s": max(s_in, s_out), "loss": mean_loss, "lr": lr, "val_loss": None,
-                 "val_bpb": None, "tokens": tokens, "s_tokens": positions * done,
+                 "val_bpb": None, "tokens": tokens_read, "s_tokens": positions * done,
                  "seconds": seconds}
         if config.n_expert:
             entry |= {"balance": balance, "largest_share": largest_share}
@@ -268,9 +270,9 @@ def make_parser():
     add("--weighting", str, "of target token i: 1, 1/i (power), exp(-i), the first alone",
         choices=("uniform", "power", "exp", "first"), default="uniform")
     add("--model", str, "preset; 270m where CUDA and data/fineweb are", choices=tuple(PRESETS))
-    switch = argparse.BooleanOptionalAction
+    on_off = argparse.BooleanOptionalAction
     for name, kind in SHAPE.items():
-        how = {"action": switch} if kind is bool else {"type": kind}
+        how = {"action": on_off} if kind is bool else {"type": kind}
         parser.add_argument(as_flag(name), **how, help="shape of the model, see Config in model.py "
                                                        "(default: %(default)s)")
     add("--data", str, "folder of token shards; data/python is the built-in corpus")
@@ -287,8 +289,8 @@ def make_parser():
     add("--out", str, "the run's folder; if None runs/MODEL-sS-rR-seedSEED")
     add("--eval-every", int, "steps between evaluations, each of which also saves", default=500)
     add("--save-every", int, "steps between checkpoints", default=500)
-    parser.add_argument("--compile", action=switch, help="torch.compile (default: on CUDA)")
-    parser.add_argument("--fsdp", action=switch, default=False, help="shard over the processes")
+    parser.add_argument("--compile", action=on_off, help="torch.compile (default: on CUDA)")
+    parser.add_argument("--fsdp", action=on_off, default=False, help="shard over the processes")
     parser.add_argument("--resume", action="store_true", help="go on with the run, or start it")
     return parser
 
@@ -335,9 +337,10 @@ def default_preset(device):
 
 def check(args):
     """SystemExit(2) with one line on numbers that do not fit, alone or together."""
+    may_be_zero = ("seed", "warmup_steps", "n_expert", "head_dim")
     for name, value in vars(args).items():
-        low = 0 if name in ("seed", "warmup_steps", "n_expert", "head_dim") else 1
-        if type(value) is int and value < low or type(value) is float and not 0 <= value < math.inf:
+        low = 1 if type(value) is int and name not in may_be_zero else 0
+        if type(value) in (int, float) and not low <= value < math.inf:
             fail(f"{as_flag(name)} {value}: give a number from {low} on")
     for wrong, message in (
             (args.r > 1, f"--r {args.r}: give a fraction of the steps, from 0 to 1"),
@@ -451,8 +454,8 @@ def evaluate(model, tokens, encoding, args, device, autocast):
                                    dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(totals)
-    nats, size = totals.tolist()
-    return nats / (n * l), nats / size / math.log(2) if size else None
+    nats, n_bytes = totals.tolist()
+    return nats / (n * l), nats / n_bytes / math.log(2) if n_bytes else None
 
 
 def open_folder(out, args, meta, keep):
@@ -508,8 +511,9 @@ def describe(args, model, device, compiled, tokens, batches, phases, start, say)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     reads = args.batch_size * args.seq_len * sum(steps * s_in for steps, s_in, _ in phases)
     n_parameters = sum(p.numel() for p in model.parameters())
-    found = "with" if default_preset(args.device) == "270m" else "without"
-    why = f", the default {found} CUDA and data/fineweb" if args.model in ("tiny", "270m") else ""
+    default = default_preset(args.device)
+    found = "with" if default == "270m" else "without"
+    why = f", the default {found} CUDA and data/fineweb" if args.model == default else ""
     say(f"model   {args.model}, {n_parameters:,} parameters{why}")
     say(f"device  {WORLD} x {name}, {args.dtype}, {'compiled' if compiled else 'eager'}")
     say(f"data    {args.data}: {len(tokens):,} training tokens, of which it reads {reads:,}")
@@ -543,7 +547,7 @@ def say_what_next(args, argv, entry, seconds, say):
     words = [*(["--s", "1"] if tst else []), *others]
     say(f"\n{args.out}: validation loss {entry['val_loss']:.4f} nats per token, after "
         f"{entry['tokens']:,} tokens in {seconds:.0f} s")
-    say(f"{'baseline' if tst else 'TST'}   python train_tst.py {shlex.join(words)}")
+    say(f"{'baseline' if tst else 'TST':11}python train_tst.py {shlex.join(words)}")
     say(f"picture    python tools/plot.py {args.out} {parse(words).out}")
     say(f"sample     python tools/sample.py {args.out} --prompt 'import '")
 

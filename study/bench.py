@@ -216,7 +216,7 @@ def floor(args):
         times = race(args, {"products": products, "step": lambda: step(1),
                             "passes": lambda: step(1, optimize=False)})
         # The attention's come on top
-        flops = model.flops_per_token() / (6 * sum(w.numel() for w in weights))
+        flops = model.flops_per_position() / (6 * sum(w.numel() for w in weights))
         for name, what in (("step", "whole step"), ("passes", "forward and backward")):
             print(f"  floor, {kind}, FLOP/s of the {what} / of the matrix products alone: "
                   f"{ratio(times, 'products', name, flops)}")

@@ -202,7 +202,7 @@ def test_a_superposed_step_costs_the_flops_of_a_baseline_step(s):
     model, rows = GPT(SMALL), torch.randint(0, VOCAB, (3, 17 * s))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         (model(*data.bags(rows, s, s)) + model.load[0]).backward()
-    assert counter.get_total_flops() == model.flops_per_token() * 3 * 16
+    assert counter.get_total_flops() == model.flops_per_position() * 3 * 16
 
 
 # Training

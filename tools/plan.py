@@ -60,7 +60,7 @@ def plan(args):
     tokens = [sum(steps * s_in for steps, s_in, _ in part) * positions
               for part in (phases[:-1], phases[-1:])]
 
-    step_flops = model.flops_per_token() * positions
+    step_flops = model.flops_per_position() * positions
     flops = step_flops * args.steps
     known = args.device.startswith("cuda") and args.dtype == "bfloat16"
     gpu_hours = flops / (PEAK_FLOPS[args.gpu] * args.mfu) / 3600 if known else None
@@ -154,7 +154,8 @@ def paper():
         own = dict(vocab_size=151_936) if moe else dict(vocab_size=128_256, seq_len=2048)
         with torch.device("meta"):
             model = GPT(replace(PRESETS[preset], **own, **trunk))
-        flops = model.flops_per_token() * 2 ** (23 if moe else 21) * steps  # of 8M and 2M s-tokens
+        batch = 2 ** (23 if moe else 21)                # 8M and 2M s-tokens
+        flops = model.flops_per_position() * batch * steps
         found[name] = flops / (hours * 3600 * PEAK_FLOPS["B200"])
     return found
 
