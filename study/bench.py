@@ -1,4 +1,4 @@
-"""What does a superposed step cost, and how fast is a step? The README's table of ratios.
+"""What does a superposed step cost, and how fast is a step?
 
     python study/bench.py                                   # every part, on tiny and 270m
     python study/bench.py --only step --model tiny --s 2    # one part of one model
@@ -43,7 +43,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = data.fail
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--model", choices=PRESETS, help="(default: tiny, then 270m)")
+    dense = [name for name, config in PRESETS.items() if not config.n_expert]
+    parser.add_argument("--model", choices=dense, help="(default: tiny, then 270m)")
     parser.add_argument("--s", type=int, default=6,
                         help="bag size where one is compared (default: 6)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),

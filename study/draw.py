@@ -1,4 +1,4 @@
-"""The README's pictures.
+"""Two of the study's pictures.
 
     pip install matplotlib && python study/draw.py          # study/loss.png and study/map.png
 

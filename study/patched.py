@@ -10,6 +10,7 @@
 """
 import argparse
 import contextlib
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import nn
 
 import model
 import train_tst
+from tools.sample import load_model
 
 
 class Shift(nn.Module):
@@ -64,6 +66,13 @@ def patched(name):
         yield
     finally:
         setattr(model, part, original)
+
+
+def load(out):
+    """The model of a run of study/run.py, built with the patch it has, and its encoding or None."""
+    patch = re.search(r"patch_([a-z-]+)", out.name)
+    with patched(patch and patch[1]):
+        return load_model(out)
 
 
 def main():

@@ -9,6 +9,7 @@ EVERY is read.
 """
 import argparse
 
+from patched import load
 from run import ROOT, baseline, finished, folder, pairs
 from split import KINDS, batches, kinds, losses
 
@@ -17,7 +18,6 @@ import torch
 
 import data
 from data import fail
-from tools.sample import load_model
 
 BANDS = (0.25, 0.5, 0.75, 0.9, 0.97, 1.0)
 COUNTED = 20_000_000                    # training tokens whose frequency is taken, at most
@@ -39,7 +39,7 @@ def bands(tokens, vocab_size):
 
 def measure(out, tokens, band):
     """Of a run: (nats, count) of each kind and band, (len(KINDS), len(BANDS)) float64 each."""
-    model, _ = load_model(out)
+    model, _ = load(out)
     nats, counts = torch.zeros(2, len(KINDS) * len(BANDS), dtype=torch.float64)
     for k, rows in enumerate(batches(tokens, model.config.seq_len)):
         if k % EVERY == 0:

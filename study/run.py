@@ -250,8 +250,8 @@ def test_loss(args, out):
 
     import data
     import train_tst
-    from tools.sample import load_model
-    model, _ = load_model(out)
+    from patched import load
+    model, _ = load(out)
     files = sorted((ROOT / args["data"]).glob("*test*.bin"))
     tokens = data.Stream(files, model.config.vocab_size)
     args, cpu = argparse.Namespace(**args), torch.device("cpu")

@@ -17,9 +17,8 @@ in the run's split.json.
 import argparse
 import json
 import math
-import re
 
-from patched import patched
+from patched import load
 from run import ROOT, finished, folder
 
 import numpy as np
@@ -28,7 +27,6 @@ import torch.nn.functional as F
 
 import data
 from data import fail
-from tools.sample import load_model
 
 KINDS = ("unseen", "seen", "hit")
 POSITIONS = 1024                        # of the trunk at a time
@@ -76,9 +74,7 @@ def measure(out, seq_len=None):
     _, tokens, found, _ = data.load(ROOT / args["data"])
     if found["hash"] != meta["hash"]:
         fail(f"{args['data']} does not hold the data of the run in {out}: restore them")
-    patch = re.search(r"patch_([a-z-]+)", out.name)             # a run of study/patched.py
-    with patched(patch and patch[1]):
-        model, encoding = load_model(out)
+    model, encoding = load(out)
     token_bytes = torch.zeros(tokens.vocab_size, dtype=torch.long)
     for token, i in encoding._mergeable_ranks.items() if encoding else ():
         token_bytes[i] = len(token)

@@ -2,9 +2,9 @@
 flags, seed and data, and w, the worth of a superposed step in plain steps (study/worth.py).
 
     python study/table.py                               # every experiment
-    python study/table.py seeds lr                      # these
+    python study/table.py seeds tuning                  # these
     python study/table.py seeds --loss bpb              # another column instead of val_loss
-    python study/table.py transitions --minus "--s 6 --r 0.2"       # differences to that run
+    python study/table.py --old transitions --minus "--s 6 --r 0.2" # differences to that run
     python study/table.py --old                         # the rows from before data_hash alone
 
 No table mixes data: each is of one experiment and one data_hash. A negative difference is a gain.

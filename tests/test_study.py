@@ -17,6 +17,7 @@ import branch
 import draw
 import edit
 import experts
+import patched
 import rarity
 import run
 import split
@@ -87,6 +88,14 @@ def test_a_run_has_a_row_with_every_column(study, flags):
         1 - found["hit_share"] - found["seen_share"]) * found["unseen"]
     assert parts == pytest.approx(found["loss"])
     assert found["loss"] == pytest.approx(run.finished(out)[1]["val_loss"], abs=0.01)   # all rows
+
+
+def test_a_patched_run_is_read_with_its_patch(study, flags):
+    out = run.folder(f"--patch kv-shift {' '.join(flags)}")
+    with patched.patched("kv-shift"):
+        train_tst.main([*flags, *run.way(out)])
+    model, _ = patched.load(out)
+    assert isinstance(model.blocks[0].attention, patched.ShiftedAttention)
 
 
 def test_a_band_holds_the_tokens_that_begin_within_its_share_of_the_text():

@@ -103,16 +103,19 @@ def export(run, folder):
     model, encoding = load_model(run)
     theirs = hugging_face(model, encoding and encoding._special_tokens.get(END_OF_TEXT))
     tokenizer = encoding and convert_tokenizer(encoding)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()                     # with a plain folder's permissions
-        theirs.save_pretrained(new)
-        if tokenizer:
-            tokenizer.save_pretrained(new)
-        if path.exists():
-            path.rmdir()                # Windows renames onto no folder, not even an empty one
-        new.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            new = Path(temporary, "new")
+            new.mkdir()                 # with a plain folder's permissions
+            theirs.save_pretrained(new)
+            if tokenizer:
+                tokenizer.save_pretrained(new)
+            if path.exists():
+                path.rmdir()            # Windows renames onto no folder, not even an empty one
+            new.rename(path)
+    except Exception as error:          # safetensors' of a full disk is no OSError
+        fail(f"{folder}: cannot write there ({error}): name another folder")
     if not tokenizer:
         print(f"{folder} has no tokenizer: it cannot be loaded, or not converted exactly",
               file=sys.stderr)
@@ -132,8 +135,6 @@ def main(argv=None):
         export(args.run, args.folder)
     except ImportError as error:
         fail(f"{error}: pip install transformers safetensors")
-    except Exception as error:          # safetensors' of a full disk is no OSError
-        fail(f"{args.folder}: cannot write there ({error}): name another folder")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The loss curves of any runs, in one picture.
 
-    python tools/plot.py runs/tiny-s1-seed0 runs/tiny-s6-r0.2-seed0 --out loss.png
+    python tools/plot.py runs/tiny-s1-r0-seed0 runs/tiny-s6-r0.2-seed0 --out loss.png
 
 A thin line is the training loss, smoothed; its paler part is the superposition phase, whose
 multi-hot loss does not compare with the rest. The line with markers is the validation loss,
@@ -78,10 +78,8 @@ def main(argv=None):
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for k, (run, log) in enumerate(zip(args.runs, logs)):
         draw(axes, run, log, field, color=f"C{k % 10}")
-    # The first steps' losses are many times the rest: what is worth seeing lies below them
-    values = sorted(line["loss"] for log in logs for line in log)
-    values += [line["val_loss"] for log in logs for line in log if line["val_loss"] is not None]
-    axes.set_ylim(min(values) - 0.1, None)
+    axes.set_ylim(min(line[name] for log in logs for line in log for name in ("loss", "val_loss")
+                      if line[name] is not None) - 0.1)
     axes.set(xlabel=label, ylabel="loss (nats a token)")
     axes.grid(alpha=0.25)
     axes.legend(title="validation (thin: training, paler: in bags; dotted: the switch)")
