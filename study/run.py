@@ -60,7 +60,7 @@ LONG = dict(**BEFORE, steps=3500)
 HEADS = "--n-head 4 --n-kv-head 4"
 AROUND = [1680, None, 3360, 4800]       # baselines of 0.7, 1, 1.4 and 2 times tiny's steps, for w
 LONGER = [*AROUND, 6720, 9600]
-C, PROSE = "data/c-1024", "data/prose-4096"
+C, C_4096, PROSE = "data/c-1024", "data/c-4096", "data/prose-4096"
 EXPERIMENTS = {
     "seeds": both(seed=FIVE),
     # tiny by the baseline alone: 270 s on two idle cores, by the time of a step measured alone
@@ -102,14 +102,14 @@ EXPERIMENTS = {
     "experts": grid(model="tiny-moe", s=1, seed=THREE)
     + grid(model="tiny-moe", s=6, r=0.2, seed=THREE),
     "worth": grid(s=1, steps=AROUND, seed=FIVE),
-    # what a superposed step is worth, by corpus, length and s: seed 0, and three where C's sign
-    # changes
-    "map": grid(s=1, data=C, steps=LONGER) + grid(s=[2, 4, 6], r=0.2, data=C, steps=[None, 4800])
-    + grid(s=6, r=0.2, data=C, steps=9600) + both(data=C, steps=[None, 4800, 9600], seed=[1, 2])
+    # what a superposed step is worth, by corpus, length and s: seed 0, and three on C
+    "map": grid(s=1, data=C, steps=LONGER) + both(data=C, steps=[None, 4800, 9600], seed=THREE)
+    + grid(s=[2, 4], r=0.2, data=C, steps=[None, 4800]) + grid(s=[2, 4], r=0.2, data=C, steps=4800,
+                                                                seed=[1, 2])
     + grid(s=1, data=PROSE, steps=AROUND)
-    + grid(s=6, r=0.2, data=PROSE, steps=[None, 4800]),
-    # the map's cell where TST was furthest ahead, with seeds that had no part in choosing it
-    "confirm": both(data=C, steps=9600, seed=[3, 4, 5, 6, 7]),
+    + grid(s=[2, 6], r=0.2, data=PROSE, steps=[None, 4800])
+    + grid(s=1, data=C_4096, steps=[None, 4800]) + grid(s=[2, 6], r=0.2, data=C_4096,
+                                                         steps=[None, 4800]),
     "lr": both(lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
     "init": both(init_std=[None, 0.02], seed=THREE),
