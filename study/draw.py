@@ -3,18 +3,20 @@
     pip install matplotlib && python study/draw.py          # study/loss.png and study/map.png
 
 loss.png: validation loss against steps, means and ranges over the seeds that both methods have
-finished, from what `python study/run.py seeds` has left in runs/study/. map.png: TST
-minus baseline against the length of both, from study/results.csv, beside the paper's models.
+finished, from what `python study/run.py seeds` has left in runs/study/. map.png, from
+study/results.csv: TST minus baseline against the length of both, beside the paper's models; and
+what a superposed step is worth for each kind of target.
 """
 import statistics
 from collections import defaultdict
 
-from run import EXPERIMENTS, HERE, log, pairs, read_rows
+from run import C, EXPERIMENTS, HERE, log, pairs, read_rows
 
-from table import flags_of, lengths, spread
-from worth import PAPER
+from table import flags_of, lengths, spread, worth_of
+from worth import PAPER, as_text
 
 MAP = "--s 6 --r 0.2"                   # of whose runs map.png has a point each
+KINDS = ("again", "hit", "seen", "unseen")      # see study/split.py
 
 
 def curve(runs):
@@ -69,14 +71,42 @@ def gains(rows):
         loss = plain.get((same, row["seed"], row["data_hash"]), {}).get(steps)
         if row["experiment"] in ("seeds", "map") and method == MAP and loss:
             kind = same.removeprefix("--data data/").partition("-")[0] or "python"
-            corpus = f"{kind}, vocabulary {int(row['vocab_size']):,}"
+            corpus = f"{kind.capitalize()}, vocabulary {int(row['vocab_size']):,}"
             found[corpus, row["data_hash"]][steps].append(float(row["val_loss"]) - loss)
     return found
 
 
+def worths(rows, loss, steps):
+    """[(w, bound), ...] of the seeds of MAP on C, by the loss of one kind of target."""
+    plain = lengths(rows, loss)
+    return [worth_of(row, loss, plain) for row in rows
+            if row["experiment"] == "map" and int(row["steps"]) == steps
+            and flags_of(row)[:2] == (MAP, f"--data {C}")]
+
+
+def draw_worths(axes, rows, steps=4800):
+    for k, kind in enumerate(KINDS):
+        found = worths(rows, kind, steps)
+        for i, (w, bound) in enumerate(found):
+            marker = {"": "o", ">": "^", "<": "v"}[bound]
+            axes.plot(k + 0.15 * (i - (len(found) - 1) / 2), w, marker, color="C1", markersize=5)
+        print(f"{steps:,} steps of C, worth for {kind}: {as_text(found)}")
+    for w in (1, 6):
+        axes.axhline(w, color="black", linewidth=0.8, linestyle="-" if w == 1 else ":")
+    axes.set_xticks(range(len(KINDS)), KINDS)
+    axes.set_xlim(-0.5, len(KINDS) - 0.5)
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"C, {steps:,} steps, a point a seed", fontsize=9)
+    axes.set_ylabel("worth of a superposed step in plain steps")
+    axes.grid(alpha=0.3, axis="y")
+
+
 def draw_map(pyplot):
-    found = gains(read_rows())
-    figure, axes = pyplot.subplots(figsize=(7.5, 3.8), constrained_layout=True)
+    rows = read_rows()
+    found = gains(rows)
+    figure, (axes, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), width_ratios=(2, 1),
+                                            constrained_layout=True)
+    draw_worths(right, rows)
     for k, ((corpus, data_hash), by_steps) in enumerate(found.items()):
         steps = sorted(by_steps)
         axes.plot(steps, [statistics.mean(by_steps[n]) for n in steps], "-", color=f"C{k}")

@@ -194,11 +194,25 @@ def test_no_table_mixes_data(study, capsys):
     assert second.splitlines()[-1] == "| `--s 6 --r 0.2` | 1 | 2.7000 |  |  |"
     assert "2.5" not in first + second
     (name, by_steps), = draw.gains(run.read_rows()).items()            # "bbb" has no baseline
-    assert name == ("python, vocabulary 1,024", "aaa")
+    assert name == ("Python, vocabulary 1,024", "aaa")
     assert by_steps == {2400: [pytest.approx(-0.1)]}
     table.main(["--old"])
     old = capsys.readouterr().out
     assert "seeds, old rows" in old and "2.5000" in old and "2.9" not in old
+
+
+def test_the_map_says_what_a_step_is_worth_for_a_kind_of_target():
+    def line(flags, steps, hit, experiment="map"):
+        return {"experiment": experiment, "seed": "0", "steps": str(steps), "hit": str(hit),
+                "r": "0.2" if "--r" in flags else "0.0", "data_hash": "aaa",
+                "command": f"python train_tst.py {flags} --steps {steps}"}
+
+    c, tst = "--data data/c-1024", "--s 6 --r 0.2"
+    rows = [line(f"--s 1 {c}", 2400, 1.0), line(f"--s 1 {c}", 4800, 0.8),
+            line(f"{tst} {c}", 2400, 0.9), line(f"{tst} {c}", 4800, 0.7),
+            line(f"--s 2 --r 0.2 {c}", 2400, 0.9), line(f"{tst} {c}", 2400, 0.9, "other"),
+            line(f"{tst} --data data/prose-4096", 2400, 0.9)]
+    assert draw.worths(rows, "hit", 2400) == [(pytest.approx(1 + 5 * (2 ** 0.5 - 1)), "")]
 
 
 def test_old_rows_of_results_csv_are_marked_and_no_row_is_there_twice():
