@@ -110,6 +110,10 @@ EXPERIMENTS = {
     + grid(s=[2, 6], r=0.2, data=PROSE, steps=[None, 4800])
     + grid(s=1, data=C_4096, steps=[None, 4800]) + grid(s=[2, 6], r=0.2, data=C_4096,
                                                          steps=[None, 4800]),
+    # which half of the method teaches what, on the map's middle length
+    "halves": both(data=C, steps=4800) + grid(s=6, r=0.2, s_in=1, data=C, steps=4800)
+    + grid(s=6, r=0.2, s_out=1, data=C, steps=4800)
+    + grid(s=6, r=0.2, weighting="power", data=C, steps=4800),
     "lr": both(lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
     "init": both(init_std=[None, 0.02], seed=THREE),
