@@ -104,12 +104,13 @@ EXPERIMENTS = {
     "worth": grid(s=1, steps=AROUND, seed=FIVE),
     # what a superposed step is worth, by corpus, length and s: seed 0, and three on C
     "map": grid(s=1, data=C, steps=LONGER) + both(data=C, steps=[None, 4800, 9600], seed=THREE)
-    + grid(s=[2, 4], r=0.2, data=C, steps=[None, 4800]) + grid(s=[2, 4], r=0.2, data=C, steps=4800,
-                                                                seed=[1, 2])
+    + grid(s=[2, 4], r=0.2, data=C, steps=[None, 4800])
+    + grid(s=[2, 4], r=0.2, data=C, steps=4800, seed=[1, 2])
     + grid(s=1, data=PROSE, steps=AROUND)
     + grid(s=[2, 6], r=0.2, data=PROSE, steps=[None, 4800])
-    + grid(s=1, data=C_4096, steps=[None, 4800]) + grid(s=[2, 6], r=0.2, data=C_4096,
-                                                         steps=[None, 4800]),
+    + grid(s=1, data=C_4096, steps=[None, 4800])
+    + grid(s=[2, 6], r=0.2, data=C_4096, steps=[None, 4800])
+    + both(data=C_4096, steps=4800, seed=[1, 2]),
     # which half of the method teaches what, on the map's middle length
     "halves": both(data=C, steps=4800) + grid(s=6, r=0.2, s_in=1, data=C, steps=4800)
     + grid(s=6, r=0.2, s_out=1, data=C, steps=4800)
