@@ -96,7 +96,7 @@ def draw_worths(axes, rows, steps=4800):
     axes.set_xticks(range(len(KINDS)), KINDS)
     axes.set_xlim(-0.5, len(KINDS) - 0.5)
     axes.set_ylim(bottom=0)
-    axes.set_title(f"C, {steps:,} steps, a point a seed", fontsize=9)
+    axes.set_title(f"C, vocabulary 1,024, {steps:,} steps", fontsize=9)
     axes.set_ylabel("worth of a superposed step in plain steps")
     axes.grid(alpha=0.3, axis="y")
 
