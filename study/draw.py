@@ -69,7 +69,7 @@ def gains(rows):
         method, same, _ = flags_of(row)
         steps = int(row["steps"])
         loss = plain.get((same, row["seed"], row["data_hash"]), {}).get(steps)
-        if row["experiment"] in ("seeds", "map") and method == MAP and loss:
+        if row["experiment"] in ("seeds", "map", "confirm") and method == MAP and loss:
             kind = same.removeprefix("--data data/").partition("-")[0] or "python"
             corpus = f"{kind.capitalize()}, vocabulary {int(row['vocab_size']):,}"
             found[corpus, row["data_hash"]][steps].append(float(row["val_loss"]) - loss)
