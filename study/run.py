@@ -59,7 +59,6 @@ BEFORE = dict(n_layer=2, n_head=2, n_kv_head=1)         # tiny until now, which 
 LONG = dict(**BEFORE, steps=3500)
 HEADS = "--n-head 4 --n-kv-head 4"
 AROUND = [1680, None, 3360, 4800]       # baselines of 0.7, 1, 1.4 and 2 times tiny's steps, for w
-LONGER = [*AROUND, 6720, 9600]
 C, C_4096, PROSE = "data/c-1024", "data/c-4096", "data/prose-4096"
 EXPERIMENTS = {
     "seeds": both(seed=FIVE),
@@ -103,7 +102,8 @@ EXPERIMENTS = {
     + grid(model="tiny-moe", s=6, r=0.2, seed=THREE),
     "worth": grid(s=1, steps=AROUND, seed=FIVE),
     # what a superposed step is worth, by corpus, length and s: seed 0, and three on C
-    "map": grid(s=1, data=C, steps=LONGER) + both(data=C, steps=[None, 4800, 9600], seed=THREE)
+    "map": grid(s=1, data=C, steps=[1680, 3360, 6720])
+    + both(data=C, steps=[None, 4800, 9600], seed=THREE)
     + grid(s=[2, 4], r=0.2, data=C, steps=[None, 4800])
     + grid(s=[2, 4], r=0.2, data=C, steps=4800, seed=[1, 2])
     + grid(s=1, data=PROSE, steps=AROUND)

@@ -78,8 +78,8 @@ def main(argv=None):
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for k, (run, log) in enumerate(zip(args.runs, logs)):
         draw(axes, run, log, field, color=f"C{k % 10}")
-    axes.set_ylim(min(line[name] for log in logs for line in log for name in ("loss", "val_loss")
-                      if line[name] is not None) - 0.1)
+    losses = [line[name] for log in logs for line in log for name in ("loss", "val_loss")]
+    axes.set_ylim(min(loss for loss in losses if loss is not None) - 0.1)
     axes.set(xlabel=label, ylabel="loss (nats a token)")
     axes.grid(alpha=0.25)
     axes.legend(title="validation (thin: training, paler: in bags; dotted: the switch)")
