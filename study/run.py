@@ -59,7 +59,8 @@ BEFORE = dict(n_layer=2, n_head=2, n_kv_head=1)         # tiny until now, which 
 LONG = dict(**BEFORE, steps=3500)
 HEADS = "--n-head 4 --n-kv-head 4"
 AROUND = [1680, None, 3360, 4800]       # baselines of 0.7, 1, 1.4 and 2 times tiny's steps, for w
-C, C_4096, PROSE = "data/c-1024", "data/c-4096", "data/prose-4096"
+C, C_4096, C_16384 = "data/c-1024", "data/c-4096", "data/c-16384"
+PROSE = "data/prose-4096"
 EXPERIMENTS = {
     "seeds": both(seed=FIVE),
     # tiny by the baseline alone: 270 s on two idle cores, by the time of a step measured alone
@@ -110,7 +111,8 @@ EXPERIMENTS = {
     + grid(s=[2, 6], r=0.2, data=PROSE, steps=[None, 4800])
     + grid(s=1, data=C_4096, steps=[None, 4800])
     + grid(s=[2, 6], r=0.2, data=C_4096, steps=[None, 4800])
-    + both(data=C_4096, steps=4800, seed=[1, 2]),
+    + both(data=C_4096, steps=4800, seed=[1, 2])
+    + both(data=C_16384, steps=4800),
     # the map's cell where TST was furthest ahead, with seeds that had no part in choosing it
     "confirm": both(data=C_4096, steps=4800, seed=[3, 4, 5, 6, 7]),
     # which half of the method teaches what, on the map's middle length
