@@ -107,12 +107,16 @@ def draw_map(pyplot):
     figure, (axes, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), width_ratios=(2, 1),
                                             constrained_layout=True)
     draw_worths(right, rows)
-    for k, ((corpus, data_hash), by_steps) in enumerate(found.items()):
+    colours = {}
+    for (corpus, data_hash), by_steps in found.items():
         steps = sorted(by_steps)
-        axes.plot(steps, [statistics.mean(by_steps[n]) for n in steps], "-", color=f"C{k}")
+        if corpus not in colours:       # two machines' Python corpora have a line each
+            colours[corpus] = f"C{len(colours)}"
+            axes.plot([], [], "o-", color=colours[corpus], label=f"here, a point a seed: {corpus}")
+        colour = colours[corpus]
+        axes.plot(steps, [statistics.mean(by_steps[n]) for n in steps], "-", color=colour)
         for n in steps:
-            axes.plot([n] * len(by_steps[n]), by_steps[n], "o", color=f"C{k}", markersize=5)
-        axes.plot([], [], "o-", color=f"C{k}", label=f"here, a point a seed: {corpus}")
+            axes.plot([n] * len(by_steps[n]), by_steps[n], "o", color=colour, markersize=5)
         print(f"{corpus}, data {data_hash}: " + ", ".join(
             f"{n:,} steps {spread(by_steps[n], '+')}" for n in steps))
     for model, n, _, _, loss, baselines in PAPER:

@@ -112,7 +112,7 @@ EXPERIMENTS = {
     + grid(s=1, data=C_4096, steps=[None, 4800])
     + grid(s=[2, 6], r=0.2, data=C_4096, steps=[None, 4800])
     + both(data=C_4096, steps=4800, seed=[1, 2])
-    + both(data=C_16384, steps=4800),
+    + both(data=C_4096, steps=9600) + both(data=C_16384, steps=4800),
     # the map's cell where TST was furthest ahead, with seeds that had no part in choosing it
     "confirm": both(data=C_4096, steps=4800, seed=[3, 4, 5, 6, 7]),
     # which half of the method teaches what, on the map's middle length
