@@ -119,7 +119,9 @@ EXPERIMENTS = {
     "halves": both(data=C, steps=4800) + grid(s=6, r=0.2, s_in=1, data=C, steps=4800)
     + grid(s=6, r=0.2, s_out=1, data=C, steps=4800)
     + grid(s=6, r=0.2, weighting="power", data=C, steps=4800),
-    "lr": both(lr=[None, 1.5e-3, 6e-3]),
+    # the same sweep of the learning rate for both, on Python and on the cell of `confirm`
+    "lr": both(lr=[None, 1.5e-3, 6e-3])
+    + both(data=C_4096, steps=4800, lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
     "init": both(init_std=[None, 0.02], seed=THREE),
     "length": both(steps=[1200, 4800, 9600]) + grid(**SHRINKING, steps=[1200, 4800, 9600]),
