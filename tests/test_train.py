@@ -103,6 +103,15 @@ def test_the_start_the_table_and_the_end_are_printed(flags, tmp_path, capsys):
     assert "python tools/plot.py" in printed and "python tools/sample.py" in printed
 
 
+@pytest.mark.parametrize("default, said", [("tiny", True), ("270m", False)])
+def test_the_first_line_says_why_a_preset_was_taken(flags, tmp_path, capsys, monkeypatch, default,
+                                                     said):
+    monkeypatch.setattr(train_tst, "default_preset", lambda device: default)
+    train_tst.main([*flags, "--steps", "2", "--out", str(tmp_path / "run")])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "tiny" in first and ("the default without CUDA and data/fineweb" in first) == said
+
+
 def test_bits_per_byte_are_of_the_text_that_the_targets_are(run, corpus):
     last = log(run)[-1]
     _, tokens, _, encoding = data.load(corpus)
