@@ -113,10 +113,11 @@ def draw_map(pyplot):
         if corpus not in colours:       # two machines' Python corpora have a line each
             colours[corpus] = f"C{len(colours)}"
             axes.plot([], [], "o-", color=colours[corpus], label=f"here, a point a seed: {corpus}")
-        colour = colours[corpus]
-        axes.plot(steps, [statistics.mean(by_steps[n]) for n in steps], "-", color=colour)
+        colour, aside = colours[corpus], 1.025 ** list(colours).index(corpus)   # to see all points
+        axes.plot([n * aside for n in steps], [statistics.mean(by_steps[n]) for n in steps],
+                  "-", color=colour)
         for n in steps:
-            axes.plot([n] * len(by_steps[n]), by_steps[n], "o", color=colour, markersize=5)
+            axes.plot([n * aside] * len(by_steps[n]), by_steps[n], "o", color=colour, markersize=4)
         print(f"{corpus}, data {data_hash}: " + ", ".join(
             f"{n:,} steps {spread(by_steps[n], '+')}" for n in steps))
     for model, n, _, _, loss, baselines in PAPER:
@@ -128,6 +129,9 @@ def draw_map(pyplot):
     axes.plot([], [], "s", color="black", label="the paper's models, r = 0.3")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")
+    ticks = (2400, 4800, 9600, 20_000, 100_000)
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("optimizer steps of both runs")
     axes.set_ylabel("TST minus baseline (nats per token)")
     axes.legend(frameon=False, fontsize=9)
