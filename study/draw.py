@@ -107,25 +107,24 @@ def draw_map(pyplot):
     figure, (axes, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), width_ratios=(2, 1),
                                             constrained_layout=True)
     draw_worths(right, rows)
-    colours = {}
-    for (corpus, data_hash), by_steps in found.items():
-        steps = sorted(by_steps)
-        if corpus not in colours:       # two machines' Python corpora have a line each
-            colours[corpus] = f"C{len(colours)}"
-            axes.plot([], [], "o-", color=colours[corpus], label=f"here, a point a seed: {corpus}")
-        colour, aside = colours[corpus], 1.025 ** list(colours).index(corpus)   # to see all points
+    corpora = list(dict.fromkeys(corpus for corpus, _ in found))
+    for k, corpus in enumerate(corpora):
+        axes.plot([], [], "o-", color=f"C{k}", label=f"here, a point a seed: {corpus}")
+    for (corpus, data_hash), by_steps in found.items():     # two machines' Python are two corpora
+        k, steps = corpora.index(corpus), sorted(by_steps)
+        aside = 1.025 ** k                                  # so that all points are seen
         axes.plot([n * aside for n in steps], [statistics.mean(by_steps[n]) for n in steps],
-                  "-", color=colour)
+                  "-", color=f"C{k}")
         for n in steps:
-            axes.plot([n * aside] * len(by_steps[n]), by_steps[n], "o", color=colour, markersize=4)
+            axes.plot([n * aside] * len(by_steps[n]), by_steps[n], "o", color=f"C{k}", markersize=4)
         print(f"{corpus}, data {data_hash}: " + ", ".join(
             f"{n:,} steps {spread(by_steps[n], '+')}" for n in steps))
     for model, n, _, _, loss, baselines in PAPER:
         if n in baselines:              # the mixture's baseline has another length
             axes.plot(n, loss - baselines[n], "s", color="black", markersize=5)
-            right = model == "600M"     # whose point is just below 270M's
-            axes.annotate(model, (n, loss - baselines[n]), xytext=(6 if right else -6, -3),
-                          fontsize=9, textcoords="offset points", ha="left" if right else "right")
+            after = model == "600M"     # whose point is just below 270M's
+            axes.annotate(model, (n, loss - baselines[n]), xytext=(6 if after else -6, -3),
+                          fontsize=9, textcoords="offset points", ha="left" if after else "right")
     axes.plot([], [], "s", color="black", label="the paper's models, r = 0.3")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")

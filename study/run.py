@@ -61,8 +61,8 @@ HEADS = "--n-head 4 --n-kv-head 4"
 AROUND = [1680, None, 3360, 4800]       # baselines of 0.7, 1, 1.4 and 2 times tiny's steps, for w
 C, C_4096, C_16384 = "data/c-1024", "data/c-4096", "data/c-16384"
 PROSE = "data/prose-4096"
-CELL = dict(data=C_4096, steps=4800)
-SWITCHES = [4, 6, 8, "8,4", "8,4,2", "6,3"]
+CELL = dict(data=C_4096, steps=4800)                    # where TST was furthest ahead on the map
+SWITCHES = [4, 6, 8, "8,4", "8,4,2", "6,3"]             # three hard ones, three that shrink
 EXPERIMENTS = {
     "seeds": both(seed=FIVE),
     # tiny by the baseline alone: 270 s on two idle cores, by the time of a step measured alone
@@ -115,7 +115,7 @@ EXPERIMENTS = {
     + grid(s=[2, 6], r=0.2, data=C_4096, steps=[None, 4800])
     + both(**CELL, seed=[1, 2])
     + both(data=C_4096, steps=9600) + both(data=C_16384, steps=4800),
-    # the map's cell where TST was furthest ahead, with seeds that had no part in choosing it
+    # that cell, with seeds that had no part in choosing it
     "confirm": both(**CELL, seed=[3, 4, 5, 6, 7]),
     # which half of the method teaches what, on the map's middle length
     "halves": both(data=C, steps=4800) + grid(s=6, r=0.2, s_in=1, data=C, steps=4800)
@@ -126,8 +126,7 @@ EXPERIMENTS = {
     "past-cell": grid(s=1, **CELL, seed=[None, 1])
     + grid(s=SWITCHES, r=[0.1, 0.2], **CELL, seed=[None, 1]),
     # the same sweep of the learning rate for both, on Python and on the cell of `confirm`
-    "lr": both(lr=[None, 1.5e-3, 6e-3])
-    + both(**CELL, lr=[None, 1.5e-3, 6e-3]),
+    "lr": both(lr=[None, 1.5e-3, 6e-3]) + both(**CELL, lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
     "init": both(init_std=[None, 0.02], seed=THREE),
     "length": both(steps=[1200, 4800, 9600]) + grid(**SHRINKING, steps=[1200, 4800, 9600]),

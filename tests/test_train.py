@@ -105,7 +105,7 @@ def test_the_start_the_table_and_the_end_are_printed(flags, tmp_path, capsys):
 
 @pytest.mark.parametrize("default, said", [("tiny", True), ("270m", False)])
 def test_the_first_line_says_why_a_preset_was_taken(flags, tmp_path, capsys, monkeypatch, default,
-                                                     said):
+                                                    said):
     monkeypatch.setattr(train_tst, "default_preset", lambda device: default)
     train_tst.main([*flags, "--steps", "2", "--out", str(tmp_path / "run")])
     first = capsys.readouterr().out.splitlines()[0]
