@@ -1,4 +1,4 @@
-"""Run named experiments, two runs at a time with one core each, into study/results.csv.
+"""Run named experiments, --workers runs at a time with one core each, into study/results.csv.
 
     python study/run.py                         # the experiments and how much of each is done
     python study/run.py seeds lr                # run them; what is done is skipped, what stopped
@@ -62,6 +62,10 @@ AROUND = [1680, None, 3360, 4800]       # baselines of 0.7, 1, 1.4 and 2 times t
 C, C_4096, C_16384 = "data/c-1024", "data/c-4096", "data/c-16384"
 PROSE = "data/prose-4096"
 CELL = dict(data=C_4096, steps=4800)                    # where TST was furthest ahead on the map
+GPU = dict(device="cuda")               # in bfloat16 and compiled, as a GPU's default is
+# 6.9M parameters, on 74M tokens: a usual shape, not looked for
+WIDE = dict(n_layer=6, n_embd=256, n_head=4, n_kv_head=4, n_hidden=704, init_std=0.02, seq_len=256,
+            batch_size=48, data=C_4096, steps=6000, **GPU)
 SWITCHES = [4, 6, 8, "8,4", "8,4,2", "6,3"]             # three hard ones, three that shrink
 EXPERIMENTS = {
     "seeds": both(seed=FIVE),
@@ -123,8 +127,14 @@ EXPERIMENTS = {
     + grid(s=6, r=0.2, weighting="power", data=C, steps=4800),
     # past the hard switch: as many shrinking schedules as hard switches, chosen on seeds 0 and 1
     "past": grid(s=1, seed=[None, 1]) + grid(s=SWITCHES, r=[0.1, 0.2], seed=[None, 1]),
-    "past-cell": grid(s=1, **CELL, seed=[None, 1])
-    + grid(s=SWITCHES, r=[0.1, 0.2], **CELL, seed=[None, 1]),
+    "past-cell": grid(s=1, **CELL, **GPU, seed=[None, 1])
+    + grid(s=SWITCHES, r=[0.1, 0.2], **CELL, **GPU, seed=[None, 1]),
+    # on a GPU: the cell again with ten more seeds, longer runs, a larger vocabulary, and a larger
+    # model, whose learning rate is swept for both with seed 0
+    "confirm-gpu": both(**CELL, **GPU, seed=list(range(8, 18))),
+    "map-gpu": both(data=C_4096, steps=[9600, 24_000], **GPU, seed=THREE)
+    + both(data=C_16384, steps=4800, **GPU, seed=THREE),
+    "wide-lr": both(lr=[1e-3, 2e-3, 4e-3], **WIDE),
     # the same sweep of the learning rate for both, on Python and on the cell of `confirm`
     "lr": both(lr=[None, 1.5e-3, 6e-3]) + both(**CELL, lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
@@ -318,6 +328,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS])
     parser.add_argument("--test", action="store_true", help="also compute test_loss")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--done", action="store_true", help="train and measure nothing")
     args = parser.parse_args()
     if not args.experiments:
@@ -331,7 +342,7 @@ def main():
         runs = [flags for flags in runs if finished(folder(flags))]
     make_data(runs)
     work, make = chains(runs), done if args.done else train
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(args.workers) as pool:
         for chain, results in zip(work, pool.map(make, work)):
             for flags, result in zip(chain, results):
                 if result is None:

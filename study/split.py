@@ -75,6 +75,8 @@ def measure(out, seq_len=None):
     if found["hash"] != meta["hash"]:
         fail(f"{args['data']} does not hold the data of the run in {out}: restore them")
     model, encoding = load(out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
     token_bytes = torch.zeros(tokens.vocab_size, dtype=torch.long)
     for token, i in encoding._mergeable_ranks.items() if encoding else ():
         token_bytes[i] = len(token)
@@ -87,15 +89,16 @@ def measure(out, seq_len=None):
     by_position, row_counts = torch.zeros(2, l, dtype=torch.float64)
     again, size, first = [], 0, 0
     for rows in batches(tokens, l):
-        loss, kind = losses(model, rows), kinds(rows)
+        size += token_bytes[rows[:, 1:]].sum().item()
+        rows = rows.to(device)
+        loss, kind = losses(model, rows).cpu(), kinds(rows).cpu()
         nats.index_add_(0, kind.flatten(), loss.flatten())
         counts += torch.bincount(kind.flatten(), minlength=len(KINDS))
         by_position[:loss.size(1)] += loss.sum(0)
         row_counts[:loss.size(1)] += len(loss)
-        size += token_bytes[rows[:, 1:]].sum().item()
         spread = rows[-first % every::every]
         if len(spread) and rows.size(1) == l + 1:
-            again.append(losses_again(model, spread).flatten())
+            again.append(losses_again(model, spread).flatten().cpu())
         first += len(rows)
 
     parts = zip(by_position.tensor_split(PARTS), row_counts.tensor_split(PARTS))
