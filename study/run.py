@@ -135,6 +135,9 @@ EXPERIMENTS = {
     "map-gpu": both(data=C_4096, steps=[9600, 24_000], **GPU, seed=THREE)
     + both(data=C_16384, steps=4800, **GPU, seed=THREE),
     "wide-lr": both(lr=[1e-3, 2e-3, 4e-3], **WIDE),
+    # the best of them for each, with seed 0, and three more seeds
+    "wide": grid(s=1, lr=1e-3, **WIDE, seed=[None, 1, 2, 3])
+    + grid(s=6, r=0.2, lr=2e-3, **WIDE, seed=[None, 1, 2, 3]),
     # the same sweep of the learning rate for both, on Python and on the cell of `confirm`
     "lr": both(lr=[None, 1.5e-3, 6e-3]) + both(**CELL, lr=[None, 1.5e-3, 6e-3]),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
