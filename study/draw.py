@@ -7,6 +7,7 @@ finished, from what `python study/run.py seeds` has left in runs/study/. map.png
 study/results.csv: TST minus baseline against the length of both, beside the paper's models; and
 what a superposed step is worth for each kind of target.
 """
+import re
 import statistics
 from collections import defaultdict
 
@@ -16,6 +17,7 @@ from table import flags_of, lengths, spread, worth_of
 from worth import PAPER, as_text
 
 MAP = "--s 6 --r 0.2"                   # of whose runs map.png has a point each
+ON_TINY = ("seeds", "map", "confirm", "confirm-gpu", "map-gpu")
 KINDS = ("again", "hit", "seen", "unseen")      # see study/split.py
 
 
@@ -63,16 +65,23 @@ def draw_loss(pyplot):
 
 
 def gains(rows):
-    """{(corpus, data_hash): {steps: [TST's loss minus its baseline's, of each seed]}} of MAP."""
+    """{(what, data_hash): {steps: [TST's loss minus its baseline's, of each seed]}} of MAP.
+
+    what: tiny's corpus, or that of the larger model, of which each has a learning rate of its own.
+    """
     plain, found = lengths(rows, "val_loss"), defaultdict(lambda: defaultdict(list))
+    wide = {row["seed"]: float(row["val_loss"]) for row in rows
+            if (row["experiment"], row["s"]) == ("wide", "1")}
     for row in rows:
         method, same, _ = flags_of(row)
-        steps = int(row["steps"])
-        loss = plain.get((same, row["seed"], row["data_hash"]), {}).get(steps)
-        if row["experiment"] in ("seeds", "map", "confirm") and method == MAP and loss:
-            kind = same.removeprefix("--data data/").partition("-")[0] or "python"
-            corpus = f"{kind.capitalize()}, vocabulary {int(row['vocab_size']):,}"
-            found[corpus, row["data_hash"]][steps].append(float(row["val_loss"]) - loss)
+        steps, seed, larger = int(row["steps"]), row["seed"], row["experiment"] == "wide"
+        loss = plain.get((same, seed, row["data_hash"]), {}).get(steps)
+        loss = wide.get(seed) if larger else loss if row["experiment"] in ON_TINY else None
+        if method == MAP and loss:
+            kind = re.search(r"--data data/(\w+)|$", same)[1] or "python"
+            what = f"{kind.capitalize()}, vocabulary {int(row['vocab_size']):,}"
+            what = f"6.9M parameters, {what}" if larger else what
+            found[what, row["data_hash"]][steps].append(float(row["val_loss"]) - loss)
     return found
 
 
@@ -104,12 +113,12 @@ def draw_worths(axes, rows, steps=4800):
 def draw_map(pyplot):
     rows = read_rows()
     found = gains(rows)
-    figure, (axes, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), width_ratios=(2, 1),
+    figure, (axes, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.2), width_ratios=(2, 1),
                                             constrained_layout=True)
     draw_worths(right, rows)
     corpora = list(dict.fromkeys(corpus for corpus, _ in found))
     for k, corpus in enumerate(corpora):
-        axes.plot([], [], "o-", color=f"C{k}", label=f"here, a point a seed: {corpus}")
+        axes.plot([], [], "o-", color=f"C{k}", label=corpus)
     for (corpus, data_hash), by_steps in found.items():     # two machines' Python are two corpora
         k, steps = corpora.index(corpus), sorted(by_steps)
         aside = 1.025 ** k                                  # so that all points are seen
@@ -128,12 +137,12 @@ def draw_map(pyplot):
     axes.plot([], [], "s", color="black", label="the paper's models, r = 0.3")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    ticks = (2400, 4800, 9600, 20_000, 100_000)
+    ticks = (2400, 4800, 9600, 24_000, 100_000)
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.minorticks_off()
     axes.set_xlabel("optimizer steps of both runs")
     axes.set_ylabel("TST minus baseline (nats per token)")
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, ncols=4, columnspacing=1, loc="outside upper left")
     axes.grid(alpha=0.3)
     figure.savefig(HERE / "map.png", dpi=120)
     print(f"{HERE / 'map.png'} is drawn")

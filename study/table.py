@@ -5,6 +5,7 @@ flags, seed and data, and w, the worth of a superposed step in plain steps (stud
     python study/table.py seeds tuning                  # these
     python study/table.py seeds --loss bpb              # another column instead of val_loss
     python study/table.py --old transitions --minus "--s 6 --r 0.2" # differences to that run
+    python study/table.py wide --minus "--s 1 --lr 0.001"           # whatever the others' --lr
     python study/table.py --old                         # the rows from before data_hash alone
 
 No table mixes data: each is of one experiment and one data_hash. A negative difference is a gain.
@@ -22,7 +23,7 @@ METHOD = ("--edit", "--s", "--r", "--s-in", "--s-out", "--weighting")
 BASELINE = "--s 1"
 
 
-def flags_of(row):
+def flags_of(row, of_method=METHOD):
     """(the flags of the method, the others but seed and steps, the same with steps), each text."""
     words = row["command"].split()[2:]
     flags = [pair for pair in zip(words[::2], words[1::2]) if pair[0] != "--seed"]
@@ -30,8 +31,8 @@ def flags_of(row):
     def text(pairs):
         return " ".join(f"{flag} {value}" for flag, value in pairs)
 
-    others = [pair for pair in flags if pair[0] not in METHOD]
-    return (text(pair for pair in flags if pair[0] in METHOD),
+    others = [pair for pair in flags if pair[0] not in of_method]
+    return (text(pair for pair in flags if pair[0] in of_method),
             text(pair for pair in others if pair[0] != "--steps"), text(others))
 
 
@@ -72,9 +73,10 @@ def by_s_and_r(rows, loss):
 
 def differences(rows, loss, minus, baselines):
     """Print a line for each method and other flags, with the seeds' losses and differences."""
+    of_method = (*METHOD, "--lr") if "--lr" in minus else METHOD
     groups = defaultdict(lambda: defaultdict(dict))             # other flags: method: seed: row
     for row in rows:
-        method, _, others = flags_of(row)
+        method, _, others = flags_of(row, of_method)
         groups[others][method][row["seed"]] = row
     print(f"| flags | seeds | {loss} | minus `{minus}` | w |\n| --- | --- | --- | --- | --- |")
     for others, methods in groups.items():

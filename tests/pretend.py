@@ -38,14 +38,14 @@ class PretendedGPU(TorchFunctionMode):
             is_available=lambda: True, device_count=lambda: GPUS,
             current_device=lambda: self.current, set_device=self.set_device,
             get_device_name=lambda device=None: "NVIDIA H100 80GB HBM3",
-            is_bf16_supported=lambda including_emulation=True: True,
-            get_rng_state=lambda device="cuda": torch.empty(0),
-            set_rng_state=lambda state, device="cuda": None)
+            is_bf16_supported=lambda including_emulation=True: True)
         self.patches = [mock.patch.object(torch.cuda, name, stand_in)
                         for name, stand_in in stand_ins.items()]
         self.patches += [
             mock.patch.object(torch, "set_float32_matmul_precision"),   # it is the CPU's too
             mock.patch.object(torch, "compile", self.compile),
+            # A build of PyTorch for CUDA would look for a real one here
+            mock.patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None),
             mock.patch.object(dist, "init_process_group", self.with_gloo),
             mock.patch.object(dist, "destroy_process_group", self.destroy),
             # Its users take it by name, so be there before they are imported
@@ -94,7 +94,9 @@ class PretendedGPU(TorchFunctionMode):
         compiled = real(function, backend=self.count, **options)
 
         def run(*args, **kwargs):
-            with torch._C.DisableTorchFunction():       # not to be traced: it makes no tensors
+            # Not to be traced: it makes no tensors. And the compiler must not look for the GPU
+            with torch._C.DisableTorchFunction(), \
+                    mock.patch.object(torch.cuda, "is_available", lambda: False):
                 return compiled(*args, **kwargs)
         return run
 

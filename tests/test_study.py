@@ -196,6 +196,18 @@ def test_no_table_mixes_data(study, capsys):
     (name, by_steps), = draw.gains(run.read_rows()).items()            # "bbb" has no baseline
     assert name == ("Python, vocabulary 1,024", "aaa")
     assert by_steps == {2400: [pytest.approx(-0.1)]}
+
+    # The larger model: each method with its own learning rate
+    own_rate = [{**line(s, r, 2400, loss, "ccc"), "experiment": "wide", "s": str(s),
+                 "command": f"python train_tst.py {method} --lr {lr} --data data/c-4096"}
+                for s, r, loss, method, lr in ((1, 0.0, 2.0, "--s 1", 0.001),
+                                               (6, 0.2, 1.7, "--s 6 --r 0.2", 0.002))]
+    _, (name, by_steps) = draw.gains([*run.read_rows(), *own_rate]).items()
+    assert name == ("6.9M parameters, C, vocabulary 1,024", "ccc")
+    assert by_steps == {2400: [pytest.approx(-0.3)]}
+    run.write_rows([*run.read_rows(), *own_rate])
+    table.main(["wide", "--minus", "--s 1 --lr 0.001"])
+    assert "| 1.7000 | -0.3000 |" in capsys.readouterr().out
     table.main(["--old"])
     old = capsys.readouterr().out
     assert "seeds, old rows" in old and "2.5000" in old and "2.9" not in old
