@@ -64,13 +64,13 @@ def draw_loss(pyplot):
     print(f"{HERE / 'loss.png'} is drawn, of {len(done)} seeds")
 
 
-def gains(rows):
+def gains(rows, column="val_loss"):
     """{(what, data_hash): {steps: [TST's loss minus its baseline's, of each seed]}} of MAP.
 
     what: tiny's corpus, or that of the larger model, of which each has a learning rate of its own.
     """
-    plain, found = lengths(rows, "val_loss"), defaultdict(lambda: defaultdict(list))
-    wide = {row["seed"]: float(row["val_loss"]) for row in rows
+    plain, found = lengths(rows, column), defaultdict(lambda: defaultdict(list))
+    wide = {row["seed"]: float(row[column]) for row in rows
             if (row["experiment"], row["s"]) == ("wide", "1")}
     for row in rows:
         method, same, _ = flags_of(row)
@@ -81,7 +81,7 @@ def gains(rows):
             kind = re.search(r"--data data/(\w+)|$", same)[1] or "python"
             what = f"{kind.capitalize()}, vocabulary {int(row['vocab_size']):,}"
             what = f"6.9M parameters, {what}" if larger else what
-            found[what, row["data_hash"]][steps].append(float(row["val_loss"]) - loss)
+            found[what, row["data_hash"]][steps].append(float(row[column]) - loss)
     return found
 
 
@@ -128,6 +128,11 @@ def draw_map(pyplot):
             axes.plot([n * aside] * len(by_steps[n]), by_steps[n], "o", color=f"C{k}", markersize=4)
         print(f"{corpus}, data {data_hash}: " + ", ".join(
             f"{n:,} steps {spread(by_steps[n], '+')}" for n in steps))
+    for column in ("val_loss", *KINDS):
+        each = [gain for (what, _), by_steps in gains(rows, column).items() if "Python" not in what
+                for some in by_steps.values() for gain in some]
+        print(f"{column} but on Python: TST is lower in {sum(gain < 0 for gain in each)} of "
+              f"{len(each)} pairs")
     for model, n, _, _, loss, baselines in PAPER:
         if n in baselines:              # the mixture's baseline has another length
             axes.plot(n, loss - baselines[n], "s", color="black", markersize=5)

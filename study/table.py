@@ -89,8 +89,9 @@ def differences(rows, loss, minus, baselines):
             worths = [found for found in worths if found]
             each = ", ".join(f"{value:.4f}" for value in losses.values())
             each = f" ({each})" if len(losses) > 1 else ""
+            lower = f", {sum(value < 0 for value in less)} of {len(less)} lower" if less else ""
             print(f"| `{f'{method} {others}'.strip()}` | {len(losses)} "
-                  f"| {spread(losses.values())}{each} | {spread(less, '+') if less else ''} "
+                  f"| {spread(losses.values())}{each} | {spread(less, '+') if less else ''}{lower} "
                   f"| {as_text(worths) if worths else ''} |")
 
 

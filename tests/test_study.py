@@ -190,7 +190,7 @@ def test_no_table_mixes_data(study, capsys):
         line(1, 0.0, 2400, 2.5, "")])
     table.main([])
     first, second = capsys.readouterr().out.split("seeds, data ")[1:]
-    assert "`--s 6 --r 0.2` | 1 | 2.9000 | -0.1000 | 3.07 |" in first   # 2400 * 2 ** 0.5 steps
+    assert "`--s 6 --r 0.2` | 1 | 2.9000 | -0.1000, 1 of 1 lower | 3.07 |" in first   # 2400 * 2 ** 0.5 steps
     assert second.splitlines()[-1] == "| `--s 6 --r 0.2` | 1 | 2.7000 |  |  |"
     assert "2.5" not in first + second
     (name, by_steps), = draw.gains(run.read_rows()).items()            # "bbb" has no baseline
@@ -207,7 +207,7 @@ def test_no_table_mixes_data(study, capsys):
     assert by_steps == {2400: [pytest.approx(-0.3)]}
     run.write_rows([*run.read_rows(), *own_rate])
     table.main(["wide", "--minus", "--s 1 --lr 0.001"])
-    assert "| 1.7000 | -0.3000 |" in capsys.readouterr().out
+    assert "| 1.7000 | -0.3000, 1 of 1 lower |" in capsys.readouterr().out
     table.main(["--old"])
     old = capsys.readouterr().out
     assert "seeds, old rows" in old and "2.5000" in old and "2.9" not in old
