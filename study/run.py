@@ -115,6 +115,7 @@ EXPERIMENTS = {
     + grid(s=[2, 4], r=0.2, data=C, steps=4800, seed=[1, 2])
     + grid(s=1, data=PROSE, steps=AROUND)
     + grid(s=[2, 6], r=0.2, data=PROSE, steps=[None, 4800])
+    + both(data=PROSE, steps=4800, seed=[1, 2])
     + grid(s=1, data=C_4096, steps=[None, 4800])
     + grid(s=[2, 6], r=0.2, data=C_4096, steps=[None, 4800])
     + both(**CELL, seed=[1, 2]),
