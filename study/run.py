@@ -127,7 +127,8 @@ EXPERIMENTS = {
     + grid(s=6, r=0.2, weighting="power", data=C, steps=4800),
     # past the hard switch: as many shrinking schedules as hard switches, chosen on seeds 0 and 1
     "past": grid(s=1, seed=[None, 1]) + grid(s=SWITCHES, r=[0.1, 0.2], seed=[None, 1]),
-    "past-confirm": grid(s=4, r=0.2, seed=[2, 3, 4]) + grid(s="6,3", r=0.1, seed=[2, 3, 4]),
+    "past-confirm": grid(s=1, seed=[2, 3, 4]) + grid(s=4, r=0.2, seed=[2, 3, 4])
+    + grid(s="6,3", r=0.1, seed=[2, 3, 4]),
     "past-cell": grid(s=1, **CELL, **GPU, seed=[None, 1])
     + grid(s=SWITCHES, r=[0.1, 0.2], **CELL, **GPU, seed=[None, 1]),
     # on a GPU: the cell again with ten more seeds, longer runs, a larger vocabulary, and a larger
