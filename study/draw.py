@@ -13,11 +13,11 @@ from collections import defaultdict
 
 from run import C, EXPERIMENTS, HERE, log, pairs, read_rows
 
-from table import flags_of, lengths, spread, worth_of
+from table import BASELINE, flags_of, lengths, spread, worth_of
 from worth import PAPER, as_text
 
 MAP = "--s 6 --r 0.2"                   # of whose runs map.png has a point each
-ON_TINY = ("seeds", "map", "confirm", "confirm-gpu", "map-gpu")
+MAPPED = ("seeds", "map", "confirm", "confirm-gpu", "map-gpu", "wide")
 KINDS = ("again", "hit", "seen", "unseen")      # see study/split.py
 
 
@@ -67,21 +67,24 @@ def draw_loss(pyplot):
 def gains(rows, column="val_loss"):
     """{(what, data_hash): {steps: [TST's loss minus its baseline's, of each seed]}} of MAP.
 
-    what: tiny's corpus, or that of the larger model, of which each has a learning rate of its own.
+    what: the corpus, and the model if it is not tiny. A run's baseline is the one of its
+    experiment, seed, data and steps, whatever its learning rate.
     """
-    plain, found = lengths(rows, column), defaultdict(lambda: defaultdict(list))
-    wide = {row["seed"]: float(row[column]) for row in rows
-            if (row["experiment"], row["s"]) == ("wide", "1")}
+    def run_of(row):
+        return row["experiment"], row["seed"], row["data_hash"], int(row["steps"])
+
+    plain = {run_of(row): float(row[column]) for row in rows
+             if row["experiment"] in MAPPED and row["data_hash"] and row[column]
+             and flags_of(row)[0] == BASELINE}
+    found = defaultdict(lambda: defaultdict(list))
     for row in rows:
         method, same, _ = flags_of(row)
-        steps, seed, larger = int(row["steps"]), row["seed"], row["experiment"] == "wide"
-        loss = plain.get((same, seed, row["data_hash"]), {}).get(steps)
-        loss = wide.get(seed) if larger else loss if row["experiment"] in ON_TINY else None
-        if method == MAP and loss:
+        if method == MAP and run_of(row) in plain:
             kind = re.search(r"--data data/(\w+)|$", same)[1] or "python"
-            what = f"{kind.capitalize()}, vocabulary {int(row['vocab_size']):,}"
-            what = f"6.9M parameters, {what}" if larger else what
-            found[what, row["data_hash"]][steps].append(float(row[column]) - loss)
+            model = "6.9M parameters, " if row["experiment"] == "wide" else ""
+            what = f"{model}{kind.capitalize()}, vocabulary {int(row['vocab_size']):,}"
+            gain = float(row[column]) - plain[run_of(row)]
+            found[what, row["data_hash"]][int(row["steps"])].append(gain)
     return found
 
 

@@ -127,8 +127,9 @@ EXPERIMENTS = {
     + grid(s=6, r=0.2, weighting="power", data=C, steps=4800),
     # past the hard switch: as many shrinking schedules as hard switches, chosen on seeds 0 and 1
     "past": grid(s=1, seed=[None, 1]) + grid(s=SWITCHES, r=[0.1, 0.2], seed=[None, 1]),
-    "past-confirm": grid(s=1, seed=[2, 3, 4]) + grid(s=4, r=0.2, seed=[2, 3, 4])
-    + grid(s="6,3", r=0.1, seed=[2, 3, 4]),
+    # the best of either kind, on fresh seeds
+    "past-confirm": grid(s=1, seed=FIVE[2:]) + grid(s=4, r=0.2, seed=FIVE[2:])
+    + grid(s="6,3", r=0.1, seed=FIVE[2:]),
     "past-cell": grid(s=1, **CELL, **GPU, seed=[None, 1])
     + grid(s=SWITCHES, r=[0.1, 0.2], **CELL, **GPU, seed=[None, 1]),
     # on a GPU: the cell again with ten more seeds, longer runs, a larger vocabulary, and a larger
@@ -138,8 +139,8 @@ EXPERIMENTS = {
     + both(data=C_16384, steps=4800, **GPU, seed=THREE),
     "wide-lr": both(lr=[1e-3, 2e-3, 4e-3], **WIDE),
     # the best of them for each, with seed 0, and three more seeds
-    "wide": grid(s=1, lr=1e-3, **WIDE, seed=[None, 1, 2, 3])
-    + grid(s=6, r=0.2, lr=2e-3, **WIDE, seed=[None, 1, 2, 3]),
+    "wide": grid(s=1, lr=1e-3, **WIDE, seed=FIVE[:4])
+    + grid(s=6, r=0.2, lr=2e-3, **WIDE, seed=FIVE[:4]),
     # what that leaves open: a lower one, and all of them with all seeds
     "wide-rates": both(lr=[5e-4, 1e-3, 2e-3, 4e-3], **WIDE, seed=FIVE[:4]),
     # the same sweep of the learning rate for both, on Python and on the cell of `confirm`
@@ -338,6 +339,8 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--done", action="store_true", help="train and measure nothing")
     args = parser.parse_args()
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: give a number from 1 on")
     if not args.experiments:
         for name, runs in EXPERIMENTS.items():
             count = sum(finished(folder(flags)) is not None for flags in runs)

@@ -75,7 +75,7 @@ def measure(out, seq_len=None):
     if found["hash"] != meta["hash"]:
         fail(f"{args['data']} does not hold the data of the run in {out}: restore them")
     model, encoding = load(out)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"     # Apple's has no float64
     model.to(device)
     token_bytes = torch.zeros(tokens.vocab_size, dtype=torch.long)
     for token, i in encoding._mergeable_ranks.items() if encoding else ():

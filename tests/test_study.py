@@ -187,10 +187,11 @@ def test_no_table_mixes_data(study, capsys):
     run.write_rows([
         line(1, 0.0, 2400, 3.0, "aaa"), line(1, 0.0, 4800, 2.8, "aaa"),
         line(6, 0.2, 2400, 2.9, "aaa"), line(6, 0.2, 2400, 2.7, "bbb"),
-        line(1, 0.0, 2400, 2.5, "")])
+        line(1, 0.0, 2400, 2.5, ""), line(6, 0.2, 2400, 2.4, "")])
     table.main([])
     first, second = capsys.readouterr().out.split("seeds, data ")[1:]
-    assert "`--s 6 --r 0.2` | 1 | 2.9000 | -0.1000, 1 of 1 lower | 3.07 |" in first   # 2400 * 2 ** 0.5 steps
+    # It is worth a baseline of 2400 * 2 ** 0.5 steps
+    assert "`--s 6 --r 0.2` | 1 | 2.9000 | -0.1000, 1 of 1 lower | 3.07 |" in first
     assert second.splitlines()[-1] == "| `--s 6 --r 0.2` | 1 | 2.7000 |  |  |"
     assert "2.5" not in first + second
     (name, by_steps), = draw.gains(run.read_rows()).items()            # "bbb" has no baseline
