@@ -6,13 +6,16 @@ flags, seed and data, and w, the worth of a superposed step in plain steps (stud
     python study/table.py seeds --loss bpb              # another column instead of val_loss
     python study/table.py --old transitions --minus "--s 6 --r 0.2" # differences to that run
     python study/table.py wide --minus "--s 1 --lr 0.001"           # whatever the others' --lr
+    python study/table.py confirm confirm-gpu --together            # one table, whatever --device
     python study/table.py --old                         # the rows from before data_hash alone
 
-No table mixes data: each is of one experiment and one data_hash. A negative difference is a gain.
+No table mixes data: each is of one experiment, or of those named together, and one data_hash. A
+negative difference is a gain. Of six or more there are also the median, and p, two-sided, of
+Wilcoxon's signed ranks.
 """
 import argparse
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from run import LOSSES, read_rows
 
@@ -60,6 +63,28 @@ def spread(values, sign=""):
     return f"{statistics.mean(values):{sign}.4f}{deviation}"
 
 
+def signed_ranks(differences):
+    """Wilcoxon's signed-rank test that the median is 0: the exact two-sided p."""
+    n = len(differences)
+    ordered = sorted(differences, key=abs)
+    lower = sum(rank for rank, value in enumerate(ordered, 1) if value < 0)
+    ways = Counter([0])                 # {sum of the negative ones' ranks: how many signs give it}
+    for rank in range(1, n + 1):
+        ways += Counter({total + rank: count for total, count in ways.items()})
+    smaller = min(lower, n * (n + 1) // 2 - lower)
+    return min(1, 2 * sum(ways[total] for total in range(smaller + 1)) / 2 ** n)
+
+
+def summary(less):
+    """What is said of the differences of several seeds."""
+    if not less:
+        return ""
+    said = f"{spread(less, '+')}, {sum(value < 0 for value in less)} of {len(less)} lower"
+    if len(less) > 5:
+        said += f", median {statistics.median(less):+.4f}, p = {signed_ranks(less):.2g}"
+    return said
+
+
 def by_s_and_r(rows, loss):
     """Print one row of losses for each r and one column for each s."""
     losses = {(row["s"], row["r"]): row[loss] for row in rows}
@@ -71,13 +96,14 @@ def by_s_and_r(rows, loss):
         print(f"| {r} | " + " | ".join(losses.get((s, r), "") for s in sizes) + " |")
 
 
-def differences(rows, loss, minus, baselines):
+def differences(rows, loss, minus, baselines, together):
     """Print a line for each method and other flags, with the seeds' losses and differences."""
     of_method = (*METHOD, "--lr") if "--lr" in minus else METHOD
-    groups = defaultdict(lambda: defaultdict(dict))             # other flags: method: seed: row
+    groups = defaultdict(lambda: defaultdict(dict))     # other flags: method: seed, device: row
     for row in rows:
         method, _, others = flags_of(row, of_method)
-        groups[others][method][row["seed"]] = row
+        device = "--device cuda" if together and "--device cuda" in others else ""
+        groups[others.replace(device, "").strip()][method][row["seed"], device] = row
     print(f"| flags | seeds | {loss} | minus `{minus}` | w |\n| --- | --- | --- | --- | --- |")
     for others, methods in groups.items():
         reference = methods.get(minus, {})
@@ -89,9 +115,8 @@ def differences(rows, loss, minus, baselines):
             worths = [found for found in worths if found]
             each = ", ".join(f"{value:.4f}" for value in losses.values())
             each = f" ({each})" if len(losses) > 1 else ""
-            lower = f", {sum(value < 0 for value in less)} of {len(less)} lower" if less else ""
             print(f"| `{f'{method} {others}'.strip()}` | {len(losses)} "
-                  f"| {spread(losses.values())}{each} | {spread(less, '+') if less else ''}{lower} "
+                  f"| {spread(losses.values())}{each} | {summary(less)} "
                   f"| {as_text(worths) if worths else ''} |")
 
 
@@ -102,6 +127,7 @@ def main(argv=None):
     parser.add_argument("experiments", nargs="*", help="(default: all)")
     parser.add_argument("--loss", choices=LOSSES, default="val_loss", help="(default: val_loss)")
     parser.add_argument("--minus", default=BASELINE, help="method flags of the run to compare with")
+    parser.add_argument("--together", action="store_true", help="the experiments as one")
     parser.add_argument("--old", action="store_true", help="the rows without a data_hash alone")
     args = parser.parse_args(argv)
     rows = [row for row in read_rows() if args.old == (not row["data_hash"])]
@@ -113,14 +139,15 @@ def main(argv=None):
     baselines, tables = lengths(rows, args.loss), defaultdict(list)
     for row in rows:
         if row[args.loss] and row["experiment"] in (args.experiments or known):
-            tables[row["experiment"], row["data_hash"]].append(row)
+            name = " and ".join(args.experiments or known) if args.together else row["experiment"]
+            tables[name, row["data_hash"]].append(row)
     for (experiment, data_hash), rows in tables.items():
         of = f"data {data_hash}" if data_hash else "old rows"
         print(f"\n{experiment}, {of}\n")
         if experiment.endswith("grid"):
             by_s_and_r(rows, args.loss)
         else:
-            differences(rows, args.loss, args.minus, baselines)
+            differences(rows, args.loss, args.minus, baselines, args.together)
 
 
 if __name__ == "__main__":

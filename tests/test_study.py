@@ -214,6 +214,35 @@ def test_no_table_mixes_data(study, capsys):
     assert "seeds, old rows" in old and "2.5000" in old and "2.9" not in old
 
 
+def test_experiments_together_are_one_table_whose_pairs_are_of_one_device(study, capsys):
+    def line(s, device, loss, experiment, seed="3"):
+        method = "--s 1" if s == 1 else f"--s {s} --r 0.2"
+        return {**dict.fromkeys(run.COLUMNS, ""), "experiment": experiment, "seed": seed, "s": s,
+                "r": "0.0" if s == 1 else "0.2", "steps": 2400, "val_loss": loss,
+                "data_hash": "aaa", "commit": "abc", "vocab_size": 4096,
+                "command": f"python train_tst.py {method} --data data/c-4096{device}"}
+
+    cuda = " --device cuda"
+    run.write_rows([line(1, "", 3.0, "confirm"), line(6, "", 2.9, "confirm"),
+                    line(1, cuda, 2.0, "confirm-gpu"), line(6, cuda, 2.3, "confirm-gpu"),
+                    line(1, cuda, 2.0, "confirm-gpu", "4"), line(6, cuda, 1.7, "confirm-gpu", "4")])
+    table.main(["confirm", "confirm-gpu", "--together"])
+    printed = capsys.readouterr().out
+    assert "confirm and confirm-gpu, data aaa" in printed
+    assert ("| `--s 6 --r 0.2 --data data/c-4096` | 3 | 2.3000 ± 0.6000 (2.9000, 2.3000, 1.7000) "
+            "| -0.0333 ± 0.3055, 2 of 3 lower |") in printed
+    table.main(["confirm", "confirm-gpu"])
+    assert " and " not in capsys.readouterr().out
+
+
+def test_signed_ranks_are_wilcoxons():
+    assert table.signed_ranks([-1, -2, -3, -4, -5, -6]) == 2 / 64
+    assert table.signed_ranks([6, 5, -1, 4, 3, 2]) == 4 / 64       # the sum 1, by {1}, or none
+    assert table.signed_ranks([3, -1, 2, -4]) == 1                  # 5 and 5
+    assert table.summary([-1, -2, -3, -4, -5, 6]).endswith("5 of 6 lower, median -2.5000, p = 0.44")
+    assert table.summary([-1.0, -3.0]) == "-2.0000 ± 1.4142, 2 of 2 lower"
+
+
 def test_the_map_says_what_a_step_is_worth_for_a_kind_of_target():
     def line(flags, steps, hit, experiment="map"):
         return {"experiment": experiment, "seed": "0", "steps": str(steps), "hit": str(hit),
