@@ -148,6 +148,8 @@ EXPERIMENTS = {
     "wide-rates": both(lr=[5e-4, 1e-3, 2e-3, 4e-3], **WIDE, seed=FIVE[:4]),
     # the same sweep of the learning rate for both, on Python and on the cell of `confirm`
     "lr": both(lr=[None, 1.5e-3, 6e-3]) + both(**CELL, lr=[None, 1.5e-3, 6e-3]),
+    # one seed had chosen the larger model's rates, and had misled: the cell's again, with three
+    "lr-cell": both(**CELL, lr=[None, 6e-3], seed=THREE),
     "decay": both(decay_frac=[None, 0.2, 0.6]),
     "init": both(init_std=[None, 0.02], seed=THREE),
     "length": both(steps=[1200, 4800, 9600]) + grid(**SHRINKING, steps=[1200, 4800, 9600]),
