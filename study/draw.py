@@ -67,15 +67,14 @@ def draw_loss(pyplot):
 def gains(rows, column="val_loss"):
     """{(what, data_hash): {steps: [TST's loss minus its baseline's, of each seed]}} of MAP.
 
-    what: the corpus, and the model if it is not tiny. A run's baseline is the one of its
-    experiment, seed, data and steps, whatever its learning rate.
+    what: the corpus, and the model if it is not tiny.
     """
-    def run_of(row):
-        return row["experiment"], row["seed"], row["data_hash"], int(row["steps"])
+    rows = [row for row in rows if row["experiment"] in MAPPED and row["data_hash"] and row[column]]
 
-    plain = {run_of(row): float(row[column]) for row in rows
-             if row["experiment"] in MAPPED and row["data_hash"] and row[column]
-             and flags_of(row)[0] == BASELINE}
+    def run_of(row):
+        return flags_of(row)[2], row["seed"], row["data_hash"]
+
+    plain = {run_of(row): float(row[column]) for row in rows if flags_of(row)[0] == BASELINE}
     found = defaultdict(lambda: defaultdict(list))
     for row in rows:
         method, same, _ = flags_of(row)

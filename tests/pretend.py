@@ -38,7 +38,8 @@ class PretendedGPU(TorchFunctionMode):
             is_available=lambda: True, device_count=lambda: GPUS,
             current_device=lambda: self.current, set_device=self.set_device,
             get_device_name=lambda device=None: "NVIDIA H100 80GB HBM3",
-            is_bf16_supported=lambda including_emulation=True: True)
+            is_bf16_supported=lambda including_emulation=True: True,
+            is_current_stream_capturing=lambda: False)      # which AdamW asks
         self.patches = [mock.patch.object(torch.cuda, name, stand_in)
                         for name, stand_in in stand_ins.items()]
         self.patches += [

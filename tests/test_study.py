@@ -198,15 +198,17 @@ def test_no_table_mixes_data(study, capsys):
     assert name == ("Python, vocabulary 1,024", "aaa")
     assert by_steps == {2400: [pytest.approx(-0.1)]}
 
-    # The larger model: each method with its own learning rate
-    own_rate = [{**line(s, r, 2400, loss, "ccc"), "experiment": "wide", "s": str(s),
-                 "command": f"python train_tst.py {method} --lr {lr} --data data/c-4096"}
-                for s, r, loss, method, lr in ((1, 0.0, 2.0, "--s 1", 0.001),
-                                               (6, 0.2, 1.7, "--s 6 --r 0.2", 0.002))]
-    _, (name, by_steps) = draw.gains([*run.read_rows(), *own_rate]).items()
+    # The larger model, and a table in which the learning rate is a part of the method
+    rates = [{**line(s, r, 2400, loss, "ccc"), "experiment": "wide", "s": str(s),
+              "command": f"python train_tst.py {method} --lr {lr} --data data/c-4096"}
+             for s, r, loss, method, lr in (
+                 (1, 0.0, 2.0, "--s 1", 0.001), (1, 0.0, 1.9, "--s 1", 0.002),
+                 (6, 0.2, 1.7, "--s 6 --r 0.2", 0.002))]
+    others = [{**row, "experiment": "lr", "val_loss": 1.0} for row in rates]     # not on the map
+    _, (name, by_steps) = draw.gains([*run.read_rows(), *rates, *others]).items()
     assert name == ("6.9M parameters, C, vocabulary 1,024", "ccc")
-    assert by_steps == {2400: [pytest.approx(-0.3)]}
-    run.write_rows([*run.read_rows(), *own_rate])
+    assert by_steps == {2400: [pytest.approx(-0.2)]}
+    run.write_rows([*run.read_rows(), *rates])
     table.main(["wide", "--minus", "--s 1 --lr 0.001"])
     assert "| 1.7000 | -0.3000, 1 of 1 lower |" in capsys.readouterr().out
     table.main(["--old"])
