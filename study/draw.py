@@ -130,7 +130,7 @@ def draw_map(pyplot):
             axes.plot([n * aside] * len(by_steps[n]), by_steps[n], "o", color=f"C{k}", markersize=4)
         print(f"{corpus}, data {data_hash}: " + ", ".join(
             f"{n:,} steps {spread(by_steps[n], '+')}" for n in steps))
-    for column in ("val_loss", *KINDS):
+    for column in ("val_loss", "bpb", *KINDS):
         each = [gain for (what, _), by_steps in gains(rows, column).items() if "Python" not in what
                 for some in by_steps.values() for gain in some]
         print(f"{column} but on Python: TST is lower in {sum(gain < 0 for gain in each)} of "
