@@ -132,11 +132,11 @@ EXPERIMENTS = {
     + grid(s="6,3", r=0.1, seed=FIVE[2:]),
     "past-cell": grid(s=1, **CELL, **GPU, seed=[None, 1])
     + grid(s=SWITCHES, r=[0.1, 0.2], **CELL, **GPU, seed=[None, 1]),
-    # the best that shrinks of the ten that a GPU finished, on fresh seeds, and s = 6 on the same
+    # the best of the nine that a GPU finished, on fresh seeds, and s = 6 on the same
     "past-cell-confirm": both(**CELL, seed=[3, 4, 5, 6, 7])
     + grid(s="8,4", r=0.2, **CELL, seed=[3, 4, 5, 6, 7]),
-    # on a GPU: the cell again with ten more seeds, longer runs, a larger vocabulary, and a larger
-    # model
+    # on a GPU: the cell again with ten more seeds, longer runs, a larger vocabulary; then a
+    # larger model
     "confirm-gpu": both(**CELL, **GPU, seed=list(range(8, 18))),
     "map-gpu": both(data=C_4096, steps=[9600, 24_000], **GPU, seed=THREE)
     + both(data=C_16384, steps=4800, **GPU, seed=THREE),
