@@ -26,10 +26,13 @@ METHOD = ("--edit", "--s", "--r", "--s-in", "--s-out", "--weighting")
 BASELINE = "--s 1"
 
 
-def flags_of(row, of_method=METHOD):
-    """(the flags of the method, the others but seed and steps, the same with steps), each text."""
+def flags_of(row, of_method=METHOD, of_seed=("--seed",)):
+    """(the flags of the method, the others but --steps, the same with it), each text.
+
+    Those of of_seed are left out.
+    """
     words = row["command"].split()[2:]
-    flags = [pair for pair in zip(words[::2], words[1::2]) if pair[0] != "--seed"]
+    flags = [pair for pair in zip(words[::2], words[1::2]) if pair[0] not in of_seed]
 
     def text(pairs):
         return " ".join(f"{flag} {value}" for flag, value in pairs)
@@ -99,11 +102,11 @@ def by_s_and_r(rows, loss):
 def differences(rows, loss, minus, baselines, together):
     """Print a line for each method and other flags, with the seeds' losses and differences."""
     of_method = (*METHOD, "--lr") if "--lr" in minus else METHOD
+    of_seed = ("--seed", "--device") if together else ("--seed",)       # they tell pairs apart
     groups = defaultdict(lambda: defaultdict(dict))     # other flags: method: seed, device: row
     for row in rows:
-        method, _, others = flags_of(row, of_method)
-        device = "--device cuda" if together and "--device cuda" in others else ""
-        groups[others.replace(device, "").strip()][method][row["seed"], device] = row
+        method, _, others = flags_of(row, of_method, of_seed)
+        groups[others][method][row["seed"], "--device" in row["command"]] = row
     print(f"| flags | seeds | {loss} | minus `{minus}` | w |\n| --- | --- | --- | --- | --- |")
     for others, methods in groups.items():
         reference = methods.get(minus, {})
