@@ -34,25 +34,23 @@ from model import GPT, Config
 
 # The presets: a model's shape and how it trains. Each entry is a flag, which overrides it
 TINY = dict(n_layer=3, n_embd=96, n_head=4, n_kv_head=4, n_hidden=192, seq_len=96, init_std=0.05,
-            rope_theta=10_000.0, data="data/python", s=6, r=0.2, steps=2400, batch_size=32, lr=3e-3,
-            warmup_steps=200, decay_frac=0.4, micro_batch_size=64, eval_tokens=200_000)
-LARGE = dict(seq_len=1024, data="data/fineweb", s=6, r=0.3, steps=20_000, batch_size=512,
-             warmup_steps=2000, decay_frac=0.1, micro_batch_size=16, eval_tokens=10_000_000)
+    rope_theta=10_000.0, data="data/python", s=4, r=0.2, steps=2400, batch_size=32, lr=3e-3,
+    warmup_steps=200, decay_frac=0.4, micro_batch_size=64, eval_tokens=200_000)
+LARGE = dict(seq_len=1024, data="data/fineweb", s=6, r=0.3, steps=20_000, batch_size=512, lr=1e-3,
+    warmup_steps=2000, decay_frac=0.1, micro_batch_size=16, eval_tokens=10_000_000)
 PRESETS = {
     "tiny": TINY,
     "tiny-moe": dict(TINY, n_hidden=256, n_expert=8, n_active=2, qk_norm=True),
     "small": dict(LARGE, n_layer=8, n_embd=512, n_head=8, n_kv_head=8, n_hidden=1408, seq_len=512,
-                  steps=15_000, batch_size=128, lr=1e-3, warmup_steps=500, decay_frac=0.2,
-                  eval_tokens=1_000_000),
-    "270m": dict(LARGE, n_layer=30, n_embd=768, n_head=12, n_kv_head=4, n_hidden=2048, lr=1e-3),
-    "600m": dict(LARGE, n_layer=32, n_embd=1152, n_head=18, n_kv_head=6, n_hidden=3072, lr=5e-4,
-                 micro_batch_size=8),
-    "3b": dict(LARGE, n_layer=36, n_embd=2048, n_head=16, n_kv_head=4, n_hidden=11008, lr=1e-4,
-               micro_batch_size=4),
-    "10b-a1b": dict(LARGE, n_layer=32, n_embd=1536, n_head=24, n_kv_head=4, head_dim=128,
-                    n_hidden=512, n_expert=128, n_active=8, qk_norm=True, rope_theta=50_000.0,
-                    seq_len=4096, s=16, r=0.25, steps=49_983, batch_size=2048, lr=3e-4,
-                    micro_batch_size=1)}
+        steps=15_000, batch_size=128, warmup_steps=500, decay_frac=0.2, eval_tokens=1_000_000),
+    "270m": dict(LARGE, n_layer=30, n_embd=768, n_head=12, n_kv_head=4, n_hidden=2048),
+    "600m": dict(LARGE, n_layer=32, n_embd=1152, n_head=18, n_kv_head=6, n_hidden=3072,
+        lr=5e-4, micro_batch_size=8),
+    "3b": dict(LARGE, n_layer=36, n_embd=2048, n_head=16, n_kv_head=4, n_hidden=11008,
+        lr=1e-4, micro_batch_size=4),
+    "10b-a1b": dict(LARGE, n_layer=32, n_embd=1536, n_head=24, n_kv_head=4, n_hidden=512,
+        head_dim=128, n_expert=128, n_active=8, qk_norm=True, rope_theta=50_000.0, seq_len=4096,
+        s=16, r=0.25, steps=49_983, batch_size=2048, lr=3e-4, micro_batch_size=1)}
 BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "4090": 165e12, "T4": 65e12}      # dense, 16 bits, as their makers state them
@@ -84,11 +82,10 @@ def parse(argv=None):
     flag, on_off = parser.add_argument, argparse.BooleanOptionalAction
     # These two first, since the others' defaults follow from them
     flag("--device", default=best_device(), help="cuda, cuda:1, mps or cpu")
-    flag("--model", choices=PRESETS, help="the preset; if None 270m where CUDA and its data are")
+    flag("--model", choices=PRESETS, help="the preset; if None small where CUDA and its data are")
     known = parser.parse_known_args(argv)[0]
     cuda = known.device.startswith("cuda")
-    large = cuda and any(Path("data/fineweb").glob("*.bin"))
-    model = known.model or ("270m" if large else "tiny")
+    model = known.model or ("small" if cuda and Path("data/fineweb").exists() else "tiny")
     bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = "bfloat16" if bfloat16 else "float16" if cuda else "float32"
     flag("--s", type=count, help="tokens in a bag of the superposition phase; 1 is the baseline")
@@ -410,10 +407,13 @@ def save(model, optimizer, scaler, args, meta, entry, at_switch):
     state = {"model": parameters, "optimizer": moments, "scaler": scaler.state_dict(),
              "step": entry["step"], "seconds": entry["seconds"], "args": vars(args),
              "config": asdict(model.config), "data": meta}
+    temporary = Path(args.out, "ckpt.tmp")
     for name in ("ckpt_switch.pt", "ckpt.pt") if at_switch else ("ckpt.pt",):
-        with open(Path(args.out, "ckpt.tmp"), "wb") as file:    # by name a full disk is no OSError
-            torch.save(state, file)
-        os.replace(file.name, Path(args.out, name))
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:               # what torch makes of a full disk
+            raise OSError(f"{temporary} cannot be written, {error}") from error
+        os.replace(temporary, Path(args.out, name))
 
 
 def load_checkpoint(path, mmap=False):

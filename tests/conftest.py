@@ -19,10 +19,11 @@ VOCAB = 300
 @pytest.fixture(autouse=True)
 def same_everywhere():
     torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
     yield
-    for number, handler in handlers.items():    # a run takes them over
-        signal.signal(number, handler)
+    for name, handler in handlers.items():      # a run takes them over
+        signal.signal(getattr(signal, name), handler)
 
 
 @pytest.fixture(scope="session")
