@@ -1,20 +1,24 @@
-"""The study's other corpora: C source and English prose, and any vocabulary of the built-in one.
+"""The study's corpora, made of Debian's packages: C source, English, and both.
 
-    python study/corpora.py data/python-4096 data/c-1024 data/prose-4096
+    python study/corpora.py data/c-4096 data/english-16384 data/mixed-16384
 
-A folder is a kind, python, c or prose, and a size of vocabulary; study/run.py makes those that
-its runs name. Folders of one kind hold the same documents in the same splits.
+A folder is a kind and a size of vocabulary; those of a kind have the same documents and splits.
+c: half of a Linux kernel's .c, .h and .rst files. prose: sentences, without markup and tables, of
+that kernel's Documentation and of manuals and dictionaries. english: prose and the RFCs. mixed:
+all of the kernel's .c and .h files, and english.
 
-c: half of the .c, .h and .rst files of a Linux kernel. prose: the sentences of that kernel's
-Documentation and of Debian's dictionaries and manuals, without markup, code and tables. They
-come from the Debian packages below, each in this one version, which `apt-get download` fetches
-into data/cache (run `apt-get update` first, on Debian 12). When the archive has gone on to
-another version, put the .deb of this one, of Debian's snapshots, into data/cache: another
-version makes other data, whose hash no table mixes with these.
+`apt-get download` fetches each package, in the version named below, into data/cache (Debian 12).
+The RFCs are in Debian's component non-free, which apt may have to be told of. As root, first:
+
+    echo deb http://deb.debian.org/debian bookworm non-free > /etc/apt/sources.list.d/non-free.list
+    apt-get update
+
+If Debian has gone on to another version, put the .deb of this one, from snapshot.debian.org, into
+data/cache: another version makes other data, with another hash.
 """
-import argparse
 import gzip
 import html
+import json
 import random
 import re
 import subprocess
@@ -25,13 +29,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
 from data import fail
-from tools.corpus import (DOCUMENT_CHARS, PATTERN, build_python_corpus, byte_pair_encoding,
-                          split_of, train_bpe, write_corpus)
+from tools import corpus
+from tools.corpus import DOCUMENT_CHARS, split_of
 
 CACHE = ROOT / "data" / "cache"
 KERNEL = "linux-source-6.1=6.1.176-1"
+RFCS = [f"doc-rfc-{part}=20230121-1" for part in (
+    "experimental fyi-bcp informational old-std others std std-proposed").split()]
 PROSE = """
 anarchism=15.3-3 debian-policy=4.6.2.0 debian-reference-en=2.100 developers-reference=12.18
 dict-foldoc=20230119-1 dict-gcide=0.48.5+nmu2 dict-jargon=4.4.7-3.1 dict-wn=1:3.0-37
@@ -45,23 +50,30 @@ sqlite3-doc=3.40.1-2+deb12u2 zsh-doc=5.9-4
 """.split()
 GENERATED = "drivers/gpu/drm/amd/include/"      # a quarter of the kernel: tables of registers
 WORDS, LETTERS = 8, 0.9         # of a paragraph that is prose, at least: words, share of letters
+KINDS = {                       # what makes the documents, [(text, split), ...]
+    "c": lambda: c_documents(2, (".c", ".h", ".rst")),
+    "prose": lambda: prose_documents(),
+    "english": lambda: prose_documents() + rfc_documents(),
+    "mixed": lambda: c_documents(1, (".c", ".h")) + prose_documents() + rfc_documents()}
 
 
 def make(folder):
-    """Make a folder of shards unless it is there. SystemExit(2) if it has no name of ours."""
-    folder = Path(folder)
+    """Make a folder of shards, unless it is there. SystemExit(2) if it has no name of ours."""
     kind, _, size = folder.name.rpartition("-")
-    if kind not in ("python", "c", "prose") or not size.isdigit():
-        fail(f"{folder}: give python, c or prose and a size of vocabulary, such as data/c-1024")
-    if folder.exists():
-        return
-    if kind == "python":
-        build_python_corpus(folder, int(size))
-        return
-    documents = c_documents() if kind == "c" else prose_documents()
-    print(f"building {folder} from {sum(len(text) for text, _ in documents):,} characters")
-    ranks = train_bpe((text for text, split in documents if split == "train"), int(size) - 1)
-    write_corpus(folder, kind, iter(documents), byte_pair_encoding(kind, PATTERN, ranks))
+    if kind not in KINDS or not size.isdigit() or int(size) < 257:
+        fail(f"{folder}: give {', '.join(KINDS)}, and a size of vocabulary, such as data/c-4096")
+    if not folder.exists():
+        documents = KINDS[kind]()
+        corpus.BPE_SAMPLE = 8_000_000
+        if kind in ("english", "mixed"):        # of several parts
+            random.Random(1).shuffle(documents)
+            corpus.BPE_SAMPLE = 40_000_000
+        print(f"building {folder} from {sum(len(text) for text, _ in documents):,} characters")
+        train = (text for text, split in documents if split == "train")
+        ranks = corpus.train_bpe(train, int(size) - 1)
+        encoding = corpus.byte_pair_encoding(kind, corpus.PATTERN, ranks)
+        corpus.write_corpus(folder, kind, iter(documents), encoding)
+    print(f"{folder}: data_hash {json.loads((folder / 'meta.json').read_text())['hash'][:12]}")
 
 
 def unpack(package):
@@ -74,8 +86,7 @@ def unpack(package):
             subprocess.run(["apt-get", "download", package], cwd=CACHE)
         debs = list(CACHE.glob(f"{folder.name}_*.deb"))
         if not debs:
-            fail(f"{package} cannot be downloaded: run apt-get update; if the archive has it no "
-                 f"more, put its .deb, of Debian's snapshots, into {CACHE}")
+            fail(f"{package} cannot be downloaded: python study/corpora.py alone says what to do")
         subprocess.run(["dpkg-deb", "-x", debs[0], folder], check=True)
     return folder
 
@@ -103,35 +114,31 @@ def shuffled(documents):
     return list(split_by_text.items())
 
 
-# C source
-
-def c_documents():
-    """Half of the kernel's source, by a hash of the names; of what is held out, a quarter."""
+def c_documents(every, suffixes):
+    """One in `every` of the kernel's files, by a hash of the names; of what is held out, 1/4."""
     def wanted(name):
-        return (name.endswith((".c", ".h", ".rst")) and not name.startswith(GENERATED)
-                and hash_of(name) % 2 == 0
-                and (split_of(name) == "train" or hash_of(name) // 2 % 4 == 0))
+        number = int(sha256(f"half {name}".encode()).hexdigest(), 16)       # not split_of's
+        return (name.endswith(suffixes) and not name.startswith(GENERATED) and number % every == 0
+                and (split_of(name) == "train" or number // 2 % 4 == 0))
     return shuffled(kernel_files(wanted))
 
-
-def hash_of(name):
-    return int(sha256(f"half {name}".encode()).hexdigest(), 16)     # not split_of's
-
-
-# Prose
 
 def prose_documents():
     """The paragraphs of every source that are sentences, each once, in parts of its file."""
     documents, seen = [], set()
     for name, text in prose_files():
-        kept = []
+        parts = [[]]
         for paragraph in re.split(r"\n\s*\n", text):
             paragraph = " ".join(paragraph.split())
-            if is_prose(paragraph) and paragraph not in seen:
+            letters = sum(map(paragraph.count, " ,.'-")) + sum(map(str.isalpha, paragraph))
+            if (paragraph.count(" ") >= WORDS - 1 and letters >= LETTERS * len(paragraph)
+                    and paragraph not in seen):
                 seen.add(paragraph)
-                kept.append(paragraph)
-        for part in parts(kept):
-            documents.append((f"{name} {part[:100]}", part))
+                parts[-1].append(paragraph)
+                if sum(map(len, parts[-1])) >= DOCUMENT_CHARS:
+                    parts.append([])
+        texts = ["\n\n".join(part) for part in parts if part]
+        documents += [(f"{name} {text[:100]}", text) for text in texts]
     return shuffled(documents)
 
 
@@ -169,32 +176,25 @@ def plain(text):
     return re.sub(r"\b[BCEFILXSZ]<+([^<>]*)>+", r"\1", text)
 
 
-def is_prose(paragraph):
-    letters = sum(map(paragraph.count, " ,.'-")) + sum(map(str.isalpha, paragraph))
-    return paragraph.count(" ") >= WORDS - 1 and letters >= LETTERS * len(paragraph)
-
-
-def parts(paragraphs):
-    """Yield the paragraphs as texts of DOCUMENT_CHARS characters or a little more."""
-    part, size = [], 0
-    for paragraph in paragraphs:
-        part.append(paragraph)
-        size += len(paragraph)
-        if size >= DOCUMENT_CHARS:
-            yield "\n\n".join(part)
-            part, size = [], 0
-    if part:
-        yield "\n\n".join(part)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    parser.add_argument("folders", nargs="+")
-    for folder in parser.parse_args().folders:
-        make(folder)
+def rfc_documents():
+    """The RFCs without the foot of one page and the head of the next, in parts."""
+    files = {path.name: path for package in RFCS for path in unpack(package).rglob("*.txt.gz")}
+    numbers = sorted(int(name[3:-7]) for name in files if re.fullmatch(r"rfc\d+\.txt\.gz", name))
+    documents = []
+    for number in numbers:
+        text = gzip.decompress(files[f"rfc{number}.txt.gz"].read_bytes())
+        text = text.decode(errors="ignore").replace("\r\n", "\n")
+        text = re.sub(r"\n+[^\n]*\[Page \d+\][ ]*\n+\f?\n?[^\n]*\n+", "\n", text)
+        text = re.sub(r"\n{3,}", "\n\n", text.replace("\f", "\n"))
+        text = "\n".join(line.rstrip() for line in text.split("\n")).strip() + "\n"
+        if len(text) > 500:
+            documents += [(text[i:i + DOCUMENT_CHARS], split_of(f"rfc{number}"))
+                          for i in range(0, len(text), DOCUMENT_CHARS)]
+    return documents
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 1:
+        print(__doc__)
+    for argument in sys.argv[1:]:
+        make(Path(argument))
