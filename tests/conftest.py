@@ -43,7 +43,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def flags(corpus):
     """Of a run of 12 steps, 6 of them on bags of 3, in a second."""
     return ("--model tiny --device cpu --n-layer 2 --n-embd 32 --n-head 4 --n-kv-head 2 "

@@ -1,7 +1,7 @@
 """Shards from text: the built-in corpus, or your own files.
 
-The built-in corpus is the Python source code that every machine that can run this already has.
-The trainer makes it when it first needs it. Your own text becomes a folder for --data:
+The built-in corpus is the Python source code that every machine that can run this already has; the
+trainer makes it when it first needs it. Your own text becomes a folder for --data:
 
     python tools/corpus.py notes/ book.txt corpus.jsonl --out data/mine
     python tools/corpus.py notes/ --out data/own --tokenizer train      # no network needed
@@ -10,6 +10,7 @@ import argparse
 import base64
 import heapq
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -30,11 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from data import fail
 
-SPLITS = ("train", "val", "test")
+END_OF_TEXT = "<|endoftext|>"
 SHARD_TOKENS = 100_000_000
-BATCH_DOCUMENTS = 128                   # tokenized at once
-DOCUMENT_CHARS = 2 ** 16                # a longer text file is cut into documents
-
+DOCUMENT_CHARS = 2 ** 16                # longer text is cut; tiktoken dies of a million spaces
 PYTHON_CORPUS = Path("data/python")     # this path names the built-in corpus, made when absent
 PYTHON_PACKAGES = (
     "torch torchgen functorch numpy tiktoken tqdm sympy mpmath networkx jinja2 fsspec filelock "
@@ -45,25 +44,114 @@ BPE_SAMPLE = 8_000_000                  # characters the vocabulary is trained o
 # punctuation, and a line break with the next line's indentation, of which source code is full.
 PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+ *)?"
            r"|\s*[\r\n]+ *|\s+(?!\S)|\s+")
+# Your own text may have marks in its words: vowels in Hindi or Thai, say.
+OWN_PATTERN = PATTERN.replace(r"\p{L}\p{N}", r"\p{L}\p{M}\p{N}").replace(
+    r"\p{L}+", r"[\p{L}\p{M}]+")
 PATTERNS = {                            # of the tokenizers whose files hold byte pairs alone
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
 
+HELD_OUT = 33                           # of so many documents of your own text
+TEXT, JSON = "text: {}", "JSON lines: {}"           # kinds of files, as they are listed
+OTHER = ("skipped, since it is not UTF-8 text: {}; `gunzip` opens a .gz, `unzstd` a .zst, and `pip "
+         "install pandas pyarrow && python -c \"import pandas; pandas.read_parquet('FILE').to_json("
+         "'FILE.jsonl', orient='records', lines=True)\"` a .parquet")
 
-# The vocabulary
 
-def train_bpe(texts, n):
-    """Byte-pair ranks, {bytes: rank} with n of them, from the first BPE_SAMPLE characters of texts.
+def build_corpus(folder, name, read, split, choose_encoding):
+    """Make folder of the texts of read(), an iterator of (source, text), each text once.
 
-    Distinct words are counted once, and a merge touches only the words that hold its pair. A
-    word is a string with one character a token, so merging is str.replace. Ties go to the
-    smaller pair: the same texts give the same ranks. Fewer than n when no pair is left.
+    split(k, source) is the split of the k-th text, from 0. choose_encoding(texts) makes a
+    tiktoken.Encoding, of training text alone. Texts need not fit into memory: they are read twice.
+    """
+    def documents():
+        for k, (source, text) in enumerate(distinct(read())):
+            yield text, split(k, source)
+
+    training_texts = (text for text, its_split in documents() if its_split == "train")
+    write_corpus(folder, name, documents(), choose_encoding(training_texts))
+
+
+def distinct(documents):
+    """Yield those (source, text) of documents whose text has not been there."""
+    seen = set()
+    for source, text in documents:
+        digest = sha256(text.encode()).digest()[:8]
+        if digest not in seen:
+            seen.add(digest)
+            yield source, text
+
+
+def write_corpus(folder, name, documents, encoding):
+    """Tokenize documents, an iterator of (text, split), each after end-of-text, into a new folder.
+
+    It is built beside its place and then renamed, so that nobody ever sees half of one.
+    SystemExit(2) if there is nothing to train on or nothing held out.
+    """
+    dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
+        tokens, new = Path(temporary, "tokens"), Path(temporary, "new")
+        tokens.mkdir()                  # a file of tokens for each split
+        new.mkdir()
+        documents = iter(tqdm(documents, "tokenizing", unit=" documents", disable=None))
+        while batch := list(itertools.islice(documents, 128)):
+            texts = [text for text, _ in batch]
+            ids = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+            for split in {split for _, split in batch}:
+                with open(tokens / split, "ab") as file:
+                    file.writelines(np.array([encoding.eot_token, *document], dtype)
+                                    for (_, its), document in zip(batch, ids) if its == split)
+        if not ((tokens / "train").exists() and (tokens / "val").exists()):
+            fail(f"{folder}: too little distinct text to train on some and hold out some: add text")
+        for path in tokens.iterdir():
+            for k, start in enumerate(range(0, path.stat().st_size, SHARD_TOKENS * dtype.itemsize)):
+                write_shard(new / f"{name}_{path.name}_{k:06d}.bin",
+                            np.fromfile(path, dtype, SHARD_TOKENS, offset=start))
+        save_encoding(encoding, new)
+        digests = [sha256(data.read_shard(path)).hexdigest() for path in sorted(new.glob("*.bin"))]
+        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab,
+                "hash": sha256("".join(digests).encode()).hexdigest()}
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        if is_new(folder):              # or a second builder was quicker, with the same result
+            new.replace(folder)
+
+
+def is_new(folder):
+    """Whether there is nothing yet at this path, or an empty folder."""
+    return not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+
+
+def write_shard(path, tokens):
+    """Write tokens, (count,) uint16 or uint32, as an llm.c shard."""
+    kind, dtype = next(item for item in data.FORMATS.items() if item[1].itemsize == tokens.itemsize)
+    header = np.zeros(data.HEADER_BYTES // 4, "<i4")
+    header[:3] = *kind, len(tokens)
+    with open(path, "wb") as file:
+        file.write(header)
+        file.write(tokens.astype(dtype, copy=False))
+
+
+def save_encoding(encoding, folder):
+    """Write a tiktoken.Encoding whole, so that the folder needs no other file and no network."""
+    ranks = encoding._mergeable_ranks.items()
+    (folder / "encoding.json").write_text(json.dumps({
+        "name": encoding.name, "pat_str": encoding._pat_str,
+        "mergeable_ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
+        "special_tokens": encoding._special_tokens}))
+
+
+def train_bpe(texts, n, pattern=PATTERN):
+    """Byte-pair ranks, {bytes: rank} with at most n, from the first BPE_SAMPLE characters of texts.
+
+    Distinct words are counted once, and a merge touches only the words that hold its pair. A word
+    is a string with one character a token, so merging is str.replace. Ties go to the smaller pair.
     """
     words_seen, size = Counter(), 0
     for text in texts:
         text = text[:BPE_SAMPLE // 50]          # no file is more than a fiftieth of the sample
-        words_seen.update(regex.findall(PATTERN, text))
+        words_seen.update(regex.findall(pattern, text))
         size += len(text)
         if size >= BPE_SAMPLE:
             break
@@ -98,14 +186,34 @@ def train_bpe(texts, n):
     return {token: rank for rank, token in enumerate(tokens)}
 
 
+def spread(texts):
+    """A sample of all texts in fixed memory: BPE_SAMPLE characters, of those of smallest hash."""
+    kept, size = [], 0
+    for text in texts:
+        heapq.heappush(kept, (-int(sha256(text.encode()).hexdigest(), 16), text))
+        size += len(text)
+        while size > BPE_SAMPLE:
+            size -= len(heapq.heappop(kept)[1])         # the one with the largest hash
+    return [text for _, text in kept]
+
+
 def byte_pair_encoding(name, pattern, ranks):
     """The tiktoken.Encoding of ranks {bytes: id}, with end-of-text after the last id."""
-    end = max(ranks.values()) + 1
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={data.END_OF_TEXT: end})
+    special = {END_OF_TEXT: max(ranks.values()) + 1}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-# The built-in corpus
+def download_encoding(name, remedy):
+    """tiktoken's Encoding of that name, downloaded once. SystemExit(2), with a remedy, if not."""
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:          # of the name, of the connection, of the disk
+        fail(f"tokenizer {name}: tiktoken cannot load it ({first_line(error)}); {remedy}")
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
 
 def build_python_corpus(folder=PYTHON_CORPUS, vocab_size=VOCAB_SIZE):
     """Make the built-in corpus in folder, unless it is there: runs need the data that they had.
@@ -113,24 +221,16 @@ def build_python_corpus(folder=PYTHON_CORPUS, vocab_size=VOCAB_SIZE):
     It is the Python source of the standard library, of the runtime packages and of what those
     require, with a vocabulary of vocab_size trained on it.
     """
-    if folder.exists():
+    if not is_new(folder):
         return
-    files = python_files()
-    print(f"building {folder} from {len(files):,} Python files of this machine, once", flush=True)
-    split_by_text = {}                  # in the files' order, duplicates dropped
-    for name, path in files:
-        try:
-            split_by_text.setdefault(path.read_bytes().decode(), split_of(name))
-        except UnicodeDecodeError:
-            pass                        # a few old modules are Latin-1
-    documents = split_by_text.items()
-    ranks = train_bpe((text for text, split in documents if split == "train"), vocab_size - 1)
-    encoding = byte_pair_encoding("python", PATTERN, ranks)
-    write_corpus(folder, "python", iter(documents), encoding)
+    print(f"building {folder} from the Python source on this machine, once", flush=True)
+    build_corpus(folder, "python", read_python, lambda k, name: split_of(name),
+                 lambda texts: byte_pair_encoding("python", PATTERN,
+                                                  train_bpe(texts, vocab_size - 1)))
 
 
-def python_files():
-    """[(name, path), ...] of the corpus, sorted by name and then shuffled with a fixed seed."""
+def read_python():
+    """Yield (name, text) of the corpus's files, sorted by name and shuffled with a fixed seed."""
     roots = {"python": sysconfig.get_path("stdlib")}
     for package in PYTHON_PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -144,7 +244,12 @@ def python_files():
                 files.append((f"{root}/{inside.as_posix()}", path))
     files.sort()
     random.Random(0).shuffle(files)
-    return files
+    for name, path in files:
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError:      # a few old modules are Latin-1
+            continue
+        yield name, text
 
 
 def split_of(name):
@@ -153,215 +258,116 @@ def split_of(name):
     return "val" if percent < 3 else "test" if percent < 6 else "train"
 
 
-# Shards
-
-def write_shard(path, tokens):
-    """Write (count,) integers as an llm.c shard: of uint32 if they are that, else of uint16."""
-    dtype = np.dtype("<u4" if tokens.dtype == np.uint32 else "<u2")
-    header = np.zeros(data.HEADER_BYTES // 4, "<i4")
-    header[:2] = next(kind for kind, stored in data.FORMATS.items() if stored == dtype)
-    header[2] = len(tokens)
-    with open(path, "wb") as file:
-        file.write(header)
-        file.write(tokens.astype(dtype, copy=False))
+def own_split(k, source):
+    """Of every HELD_OUT documents the last is for validation, and the next one for test."""
+    if k % HELD_OUT == HELD_OUT - 1:
+        return "val"
+    return "test" if k % HELD_OUT == 0 and k > 0 else "train"
 
 
-class ShardWriter:
-    """Collects the tokens of one split, and writes a shard whenever SHARD_TOKENS are there."""
-
-    def __init__(self, stem, dtype):
-        self.stem, self.shards, self.held = stem, 0, 0      # stem: a path without the number
-        self.tokens = np.empty(SHARD_TOKENS, dtype)
-
-    def add(self, tokens):
-        while len(tokens):
-            part = tokens[:SHARD_TOKENS - self.held]
-            self.tokens[self.held:self.held + len(part)] = part
-            self.held += len(part)
-            tokens = tokens[len(part):]
-            if self.held == SHARD_TOKENS:
-                self.flush()
-
-    def flush(self):
-        if self.held:
-            write_shard(Path(f"{self.stem}_{self.shards:06d}.bin"), self.tokens[:self.held])
-            self.shards, self.held = self.shards + 1, 0
-
-
-def write_corpus(folder, name, documents, encoding):
-    """Tokenize documents, an iterator of (text, split), into shards in folder.
-
-    It gets meta.json and encoding.json too. Each document begins with end-of-text.
-    A batch of documents and a shard of each split are in memory. The folder is built elsewhere
-    and then renamed, so that nobody, a second builder included, ever sees half of one.
-    SystemExit(2) if there is nothing to train on or nothing held out.
-    """
-    dtype = np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary, \
-            tqdm(unit=" characters", unit_scale=True, desc="tokenizing", disable=None) as bar:
-        new, old = Path(temporary, "new"), Path(temporary, "old")
-        new.mkdir()
-        writers = {split: ShardWriter(new / f"{name}_{split}", dtype) for split in SPLITS}
-        while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
-            texts = [text for text, _ in batch]
-            ids = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-            for (_, split), document in zip(batch, ids):
-                writers[split].add(np.array([encoding.eot_token, *document], dtype))
-            bar.update(sum(map(len, texts)))
-        for writer in writers.values():
-            writer.flush()
-        if not (writers["train"].shards and writers["val"].shards):
-            fail(f"{folder}: too few documents to train on some and hold some out; bring more, or "
-                 "longer ones")
-        save_encoding(encoding, new)
-        digests = [sha256(data.read_shard(path)).hexdigest() for path in sorted(new.glob("*.bin"))]
-        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab,
-                "hash": sha256("".join(digests).encode()).hexdigest()}
-        (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except OSError:                 # a second builder was quicker, with the same result
-            if not folder.exists():
-                raise
-
-
-def save_encoding(encoding, folder):
-    """Write a tiktoken.Encoding whole, so that the folder needs no other file and no network."""
-    ranks = encoding._mergeable_ranks.items()
-    (folder / "encoding.json").write_text(json.dumps({
-        "name": encoding.name, "pat_str": encoding._pat_str,
-        "mergeable_ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
-        "special_tokens": encoding._special_tokens}))
-
-
-# Your own text
-
-def tokenize(args):
-    """Tokenize the files and folders of args.paths into args.out, a new folder."""
-    out = Path(args.out)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        fail(f"--out {out} holds other data; name a new folder, or delete it")
-    files, skipped = find_files(args.paths)
-    encoding = choose_encoding(args, read_documents(files, args.field))
-    splits = itertools.cycle(["train", "val", "test", *30 * ["train"]])
-    write_corpus(out, "text", zip(read_documents(files, args.field), splits), encoding)
-    if skipped:
-        print(f"skipped {skipped:,} files that are not UTF-8 text")
-    print(f"{out} is ready: python train_tst.py --data {out}")
-
-
-def find_files(paths):
-    """(the text files of the given files and folders, shuffled; how many others were skipped).
-
-    What is hidden in a folder stays out. SystemExit(2) for a file given by name that is not
-    text.
-    """
-    files, skipped = [], 0
+def find_files(paths, field):
+    """List the files, those of folders too, but hidden ones: [(path, TEXT or JSON)], shuffled."""
+    kinds = {}
     for given in map(Path, paths):
-        if not given.is_dir():
-            if not is_text(given):
-                fail(f"{given}: not UTF-8 text; convert it, or leave it out")
-            files.append(given)
-            continue
-        for path in sorted(given.rglob("*")):
+        for path in sorted(given.rglob("*")) if given.is_dir() else [given]:
             hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
-            if hidden or not path.is_file():
-                continue
-            if is_text(path):
-                files.append(path)
-            else:
-                skipped += 1
+            if path == given or path.is_file() and not hidden:
+                kinds[path] = kind_of(path, field)
+    for kind in (TEXT, JSON, OTHER):
+        found = [str(path) for path in kinds if kinds[path] == kind]
+        if found:
+            print(kind.format(f"{len(found):,} files, {', '.join(found[:4])}"), flush=True)
+    files = [(path, kind) for path, kind in kinds.items() if kind != OTHER]
     random.Random(0).shuffle(files)     # so that the held-out documents come from every folder
-    return files, skipped
+    return files
 
 
-def is_text(path):
-    """Whether all of a file is UTF-8 and none of it a zero byte, which binary files have."""
+def kind_of(path, field):
+    """TEXT, or JSON if the name or the first two lines of a file say so; OTHER if not UTF-8."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return not any("\0" in chunk for chunk in iter(lambda: file.read(2 ** 20), ""))
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = [file.readline(2 ** 24), file.readline(2 ** 24)]
+            rest = iter(lambda: file.read(2 ** 20), "")
+            if any("\0" in part for part in itertools.chain(lines, rest)):
+                return OTHER            # binary files have zero bytes
     except UnicodeDecodeError:
-        return False
+        return OTHER
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".jsonlines"):
+        return JSON
+    try:
+        first = json.loads(lines[0])
+    except ValueError:
+        return TEXT
+    alike = isinstance(first, dict) and (field in first or lines[1].startswith("{"))
+    return JSON if alike else TEXT
 
 
-def read_documents(files, field):
-    """Yield the texts in files: each line's field of a .jsonl, others whole, or in parts if long.
-
-    SystemExit(2) on a line that is not an object with text in that field.
-    """
-    for path in files:
-        with open(path, encoding="utf-8", newline="") as file:
-            texts = json_texts(path, file, field) if path.suffix == ".jsonl" else parts(file)
-            yield from (text for text in texts if text.strip())
-
-
-def parts(file):
-    """Yield an open text file in parts of DOCUMENT_CHARS characters, each to its line's end."""
-    while part := file.read(DOCUMENT_CHARS):
-        yield part + file.readline(DOCUMENT_CHARS)          # a line may be the whole file
+def read_documents(files, field, size):
+    """Yield (path, text) of files' texts, in parts of at most size characters, to a line's end."""
+    for path, kind in files:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for text in [file] if kind == TEXT else json_texts(path, file, field):
+                while part := text.read(size - size // 4) + text.readline(size // 4):
+                    if part.strip():
+                        yield path, part
 
 
 def json_texts(path, lines, field):
-    """Yield the text in that field of each line of an open .jsonl."""
+    """Yield that field of each line as a file. SystemExit(2) on a line without text there."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 text = json.loads(line)[field]
-                yield text.encode(errors="replace").decode()    # half an emoji cannot be UTF-8
+                yield io.StringIO(text.encode(errors="replace").decode())   # of half an emoji: ?
             except (ValueError, LookupError, TypeError, AttributeError):
-                fail(f"{path}:{number}: not a JSON object with text in its field {field!r}; mend "
-                     "it, or say --field")
+                fail(f"{path}:{number}: no JSON object with text in its field {field!r}; mend it, "
+                     "or say --field")
 
 
 def choose_encoding(args, texts):
     """The tiktoken.Encoding that --tokenizer says: `train` (on texts), a BPE file, or a name."""
     name = args.tokenizer
     if name == "train":
-        if args.vocab_size < 257:
-            fail(f"--vocab-size {args.vocab_size}: 256 bytes and end-of-text need 257")
-        return byte_pair_encoding("trained", PATTERN, train_bpe(texts, args.vocab_size - 1))
+        ranks = train_bpe(spread(texts), args.vocab_size - 1, OWN_PATTERN)
+        return byte_pair_encoding("trained", OWN_PATTERN, ranks)
     if args.pattern:
         try:
             pairs = [line.split() for line in Path(name).read_bytes().splitlines()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
             return byte_pair_encoding(Path(name).stem, PATTERNS[args.pattern], ranks)
         except ValueError:
-            fail(f"--tokenizer {name}: not a tiktoken BPE file, which has a token in base64 and "
-                 "its rank a line")
-    encoding = data.load_encoding(args.out, name)
-    if encoding is None:
-        fail(f"--tokenizer {name}: tiktoken cannot load it; it knows "
-             f"{', '.join(tiktoken.list_encoding_names())}, and downloads each once into "
-             f"TIKTOKEN_CACHE_DIR ({os.environ.get('TIKTOKEN_CACHE_DIR', 'not set')}); a BPE file "
-             f"needs --pattern {' or '.join(PATTERNS)}; --tokenizer train works without a network")
-    return encoding
+            fail(f"--tokenizer {name}: no tiktoken BPE file, whose lines are base64 and a rank")
+    return download_encoding(name, f"tiktoken has {', '.join(tiktoken.list_encoding_names())}; a "
+                             "BPE file needs --pattern; --tokenizer train needs no network")
 
 
 def main(argv=None):
     """Tokenize as argv says (default: the command line). SystemExit(2) on bad input."""
-    parser = argparse.ArgumentParser(description="Make a folder of shards from your own text.",
-                                     allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("paths", nargs="+", help="text files, .jsonl files, and folders of them")
-    parser.add_argument("--out", required=True, help="the new folder")
-    parser.add_argument("--tokenizer", default="gpt2", help="tiktoken's name of it, a tiktoken BPE "
-                        "file, or train, on the text (default: gpt2)")
-    parser.add_argument("--pattern", choices=tuple(PATTERNS),
-                        help="how text is split, for a tokenizer from a file")
-    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE,
-                        help="for train (default: %(default)s)")
-    parser.add_argument("--field", default="text", help="of a .jsonl's objects (default: text)")
+    parser = argparse.ArgumentParser(description="Make shards from text.", allow_abbrev=False)
+    parser.error, flag = fail, parser.add_argument
+    flag("paths", nargs="+", help="files of text or JSON lines, and folders of them")
+    flag("--out", type=Path, required=True, help="the new folder")
+    flag("--tokenizer", default="gpt2",
+         help="tiktoken's name of it, a tiktoken BPE file, or train, on the text (default: gpt2)")
+    flag("--pattern", choices=PATTERNS, help="how text is split, for a tokenizer from a file")
+    flag("--vocab-size", type=int, default=VOCAB_SIZE, help="for train (default: %(default)s)")
+    flag("--field", default="text", help="of JSON lines' objects (default: text)")
     args = parser.parse_args(argv)
+    if not is_new(args.out):
+        fail(f"--out {args.out} holds other data; name a new folder, or delete it")
+    if args.vocab_size < 257:
+        fail(f"--vocab-size {args.vocab_size}: 256 bytes and end-of-text need 257")
     try:
-        tokenize(args)
+        files = find_files(args.paths, args.field)
+        # Of a small text (as its first documents tell) none is above half of what may be held out
+        documents = distinct(read_documents(files, args.field, DOCUMENT_CHARS))
+        total = sum(len(text) for _, text in itertools.islice(documents, 10_000))
+        size = max(1, min(DOCUMENT_CHARS, total // (2 * HELD_OUT)))
+        build_corpus(args.out, "text", lambda: read_documents(files, args.field, size), own_split,
+                     lambda texts: choose_encoding(args, texts))
     except OSError as error:
-        fail(f"{error.filename or args.out}: {error.strerror or error}; mend that, or name another "
-             "--out")
-    except KeyboardInterrupt:
-        fail("interrupted; the same command starts again", status=130)
+        fail(f"{error.filename or args.out}: {error.strerror or error}; mend it, or change --out")
+    print(f"{args.out} is ready: python train_tst.py --data {args.out}")
 
 
 if __name__ == "__main__":

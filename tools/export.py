@@ -1,6 +1,6 @@
 """A trained model for Hugging Face transformers, and for what reads its folders.
 
-    python tools/export.py runs/tiny-s6-r0.2-seed0 exported
+    python tools/export.py runs/tiny-s4-r0.2-seed0 exported
 """
 import argparse
 import sys
@@ -9,7 +9,8 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import END_OF_TEXT, fail
+from data import fail
+from tools.corpus import END_OF_TEXT, first_line, is_new
 from tools.sample import load_model
 
 
@@ -19,53 +20,41 @@ def hugging_face(model, end):
     Its tables have vocab_size rows: the padding is cut. SystemExit(2) if it is neither.
     """
     import transformers
-    c, vocabulary = model.config, slice(model.config.vocab_size)
+    c = model.config
     if bool(c.n_expert) != c.qk_norm:
         fail("Hugging Face has Llama without qk_norm and Qwen3-MoE with it; this is neither")
-    if c.n_expert and int(transformers.__version__.split(".")[0]) < 5:
-        fail("a mixture of experts wants transformers 5: pip install -U transformers")
     shape = dict(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        head_dim=model.blocks[0].attention.head_dim, max_position_embeddings=c.seq_len,
-        rope_theta=c.rope_theta, rms_norm_eps=model.norm.eps, tie_word_embeddings=False,
-        bos_token_id=end, eos_token_id=end)
+        head_dim=model.blocks[0].head_dim, max_position_embeddings=c.seq_len,
+        rope_theta=c.rope_theta, rms_norm_eps=1e-5, bos_token_id=end, eos_token_id=end)
     if c.n_expert:
-        theirs = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
-            **shape, moe_intermediate_size=c.n_hidden, num_experts=c.n_expert,
-            num_experts_per_tok=c.n_active, norm_topk_prob=True))
-    else:
-        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
-    weights = {"model.embed_tokens.weight": model.embedding.weight[vocabulary],
+        shape |= dict(moe_intermediate_size=c.n_hidden, num_experts=c.n_expert,
+                      num_experts_per_tok=c.n_active, norm_topk_prob=True)
+    config = transformers.AutoConfig.for_model("qwen3_moe" if c.n_expert else "llama", **shape)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    weights = {"model.embed_tokens.weight": model.embedding.weight[:c.vocab_size],
                "model.norm.weight": model.norm.weight,
-               "lm_head.weight": model.head.weight[vocabulary]}
+               "lm_head.weight": model.head.weight[:c.vocab_size]}
     for i, block in enumerate(model.blocks):
-        layer = attention_weights(block) | (moe_weights if c.n_expert else mlp_weights)(block)
+        q, k, v = block.qkv.weight.split([n * block.head_dim for n in block.heads])
+        layer = {"input_layernorm.weight": block.attention_norm.weight,
+                 "self_attn.q_proj.weight": q, "self_attn.k_proj.weight": k,
+                 "self_attn.v_proj.weight": v, "self_attn.o_proj.weight": block.out.weight,
+                 "post_attention_layernorm.weight": block.mlp_norm.weight}
+        if c.n_expert:
+            layer |= {"self_attn.q_norm.weight": block.q_norm.weight,
+                      "self_attn.k_norm.weight": block.k_norm.weight,
+                      "mlp.gate.weight": block.mlp.router.weight,
+                      "mlp.experts.gate_up_proj": block.mlp.gate_up,
+                      "mlp.experts.down_proj": block.mlp.down}
+        else:
+            gate, up = block.mlp.gate_up.weight.chunk(2)
+            layer |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up,
+                      "mlp.down_proj.weight": block.mlp.down.weight}
         weights |= {f"model.layers.{i}.{name}": weight for name, weight in layer.items()}
     theirs.load_state_dict(weights)
     return theirs
-
-
-def attention_weights(block):
-    attention = block.attention
-    heads = (attention.n_head, attention.n_kv_head, attention.n_kv_head)
-    q, k, v = attention.qkv.weight.split([n * attention.head_dim for n in heads])
-    norms = {f"self_attn.{name}": p for name, p in attention.named_parameters() if "norm" in name}
-    return {"input_layernorm.weight": block.attention_norm.weight,
-            "self_attn.q_proj.weight": q, "self_attn.k_proj.weight": k,
-            "self_attn.v_proj.weight": v, "self_attn.o_proj.weight": attention.out.weight,
-            "post_attention_layernorm.weight": block.mlp_norm.weight, **norms}
-
-
-def mlp_weights(block):
-    gate, up = block.mlp.gate_up.weight.chunk(2)
-    return {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up,
-            "mlp.down_proj.weight": block.mlp.down.weight}
-
-
-def moe_weights(block):
-    return {"mlp.gate.weight": block.mlp.router.weight,
-            "mlp.experts.gate_up_proj": block.mlp.gate_up, "mlp.experts.down_proj": block.mlp.down}
 
 
 def convert_tokenizer(encoding):
@@ -91,50 +80,34 @@ def convert_tokenizer(encoding):
         model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False)
 
 
-def export(run, folder):
-    """Write a run's model and tokenizer to folder, new or empty, which appears whole or not at all.
-
-    SystemExit(2) where it cannot, ImportError where a package is missing.
-    """
-    import transformers                 # before the work, if it is missing
-    path = Path(folder).resolve()
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        fail(f"{folder} holds something already: name a new folder")
-    model, encoding = load_model(run)
-    theirs = hugging_face(model, encoding and encoding._special_tokens.get(END_OF_TEXT))
-    tokenizer = encoding and convert_tokenizer(encoding)
+def main(argv=None):
+    """Export as argv says (default: the command line). SystemExit(2) on bad input."""
+    parser = argparse.ArgumentParser(description="Export a trained model.", allow_abbrev=False)
+    parser.error, flag = fail, parser.add_argument
+    flag("run", help="a run's folder, or a checkpoint file in it")
+    flag("folder", metavar="DIR", type=Path, help="the new folder")
+    args = parser.parse_args(argv)
+    if not is_new(args.folder):
+        fail(f"{args.folder} holds something already: name a new folder")
+    model, encoding = load_model(args.run)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        theirs = hugging_face(model, encoding and encoding._special_tokens.get(END_OF_TEXT))
+        tokenizer = encoding and convert_tokenizer(encoding)
+    except (ImportError, RuntimeError) as error:        # the latter: transformers 4 and experts
+        fail(f"{first_line(error)}: pip install -U transformers safetensors")
+    try:
+        args.folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.folder.parent) as temporary:
             new = Path(temporary, "new")
-            new.mkdir()                 # with a plain folder's permissions
             theirs.save_pretrained(new)
             if tokenizer:
                 tokenizer.save_pretrained(new)
-            if path.exists():
-                path.rmdir()            # Windows renames onto no folder, not even an empty one
-            new.rename(path)
+            new.rename(args.folder)
     except Exception as error:          # safetensors' of a full disk is no OSError
-        fail(f"{folder}: cannot write there ({error}): name another folder")
+        fail(f"{args.folder}: cannot write there ({first_line(error)}): name another folder")
     if not tokenizer:
-        print(f"{folder} has no tokenizer: it cannot be loaded, or not converted exactly",
-              file=sys.stderr)
-    print(f"{folder} is ready for transformers and for lm_eval --model hf --model_args "
-          f"pretrained={folder}")
-
-
-def main(argv=None):
-    """Export as argv says (default: the command line). SystemExit(2) on bad input."""
-    parser = argparse.ArgumentParser(description="Write a trained model for Hugging Face.",
-                                     allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("run", help="a run's folder, or a checkpoint file in it")
-    parser.add_argument("folder", metavar="DIR", help="the new folder")
-    args = parser.parse_args(argv)
-    try:
-        export(args.run, args.folder)
-    except ImportError as error:
-        fail(f"{error}: pip install transformers safetensors")
+        print("without a tokenizer: the run has none, or it has no equal there", file=sys.stderr)
+    print(f"{args.folder} is ready: lm_eval --model hf --model_args pretrained={args.folder}")
 
 
 if __name__ == "__main__":
