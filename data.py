@@ -50,9 +50,9 @@ class Batches:
         s, blocks, begun = self.s, self.superposition, 0
         if step >= self.switch:
             s, blocks, begun = 1, self.recovery, self.switch
-        rows = (step - begun) * self.batch_size + np.arange(first, first + count)   # of the phase
-        part = rows // len(blocks) % (self.s // s)          # of a block; 0 if superposed
-        starts = (blocks[rows % len(blocks)] * self.s + part) * self.seq_len
+        row = (step - begun) * self.batch_size + np.arange(first, first + count)    # of the phase
+        block, part = blocks[row % len(blocks)], row // len(blocks) % (self.s // s)
+        starts = (block * self.s + part) * self.seq_len     # part: 0 of bags, 0 to s - 1 of tokens
         return self.tokens.rows(starts, (self.seq_len + 1) * s)
 
 
@@ -91,7 +91,7 @@ def read_shard(path):
     dtype = FORMATS.get((magic, version))
     if dtype is None or size != HEADER_BYTES + count * dtype.itemsize:
         fail(f"{path}: not in llm.c's format, or cut off; make it again: {REMEDY}")
-    return np.asarray(np.memmap(path, dtype, "r", HEADER_BYTES, (count,)))      # slices cost half
+    return np.asarray(np.memmap(path, dtype, "r", HEADER_BYTES, (count,)))      # slices faster
 
 
 def load(folder):

@@ -80,8 +80,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(self.norm(x))
         loss = self.loss(x, targets)
-        if self.config.n_expert:        # a balance loss keeps them all in use, weighted as Qwen3's
-            balances = [vars(block.mlp).pop("balance") for block in self.blocks]    # for `deepcopy`
+        if self.config.n_expert:        # a balance loss, weighted as Qwen3's, keeps all in use
+            balances = [vars(block.mlp).pop("balance") for block in self.blocks]    # or no deepcopy
             balance = 1e-3 * self.config.n_active * torch.stack(balances).mean()
             loss = loss + (balance - balance.detach())      # its gradient; the value stays as it is
         return loss
@@ -167,8 +167,8 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(n, d, h))
         # Blackwell's grouped product gives experts without rows a wrong gradient (PyTorch #172439)
         blackwell = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
-        aligned = d % 8 == h % 8 == 0                       # it wants rows of 16 bytes, and 2.10
-        self.grouped = hasattr(F, "grouped_mm") and aligned and not blackwell
+        aligned = d % 8 == h % 8 == 0                       # it wants rows of whole 16 bytes
+        self.grouped = hasattr(F, "grouped_mm") and aligned and not blackwell   # PyTorch 2.10 on
 
     def forward(self, x):                                               # (B, l, d) -> (B, l, d)
         tokens = x.flatten(0, 1)                                        # (N, d), N = B l

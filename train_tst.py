@@ -32,7 +32,7 @@ import data
 from data import fail
 from model import GPT, Config
 
-# The presets: a model's shape and how it trains. Each entry is a flag, which overrides it
+# The presets: a model's shape and how it trains. Flags of the same names override them
 TINY = dict(n_layer=3, n_embd=96, n_head=4, n_kv_head=4, n_hidden=192, seq_len=96, init_std=0.05,
     rope_theta=10_000.0, data="data/python", s=4, r=0.2, steps=2400, batch_size=32, lr=3e-3,
     warmup_steps=200, decay_frac=0.4, micro_batch_size=64, eval_tokens=200_000)
@@ -74,15 +74,15 @@ def parse(argv=None):
         return number
 
     count, natural = within(1, 1e12, int), within(0, 1e12, int)
-    positive, fraction = within(0, 1e12, float), within(0, 1, float)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     add_help=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    real, fraction = within(0, 1e12, float), within(0, 1, float)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False, add_help=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail                 # one line, without the usage
     flag, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    # These two first, since the others' defaults follow from them
+    # These two are parsed first, since the others' defaults follow from them
     flag("--device", default=best_device(), help="cuda, cuda:1, mps or cpu")
-    flag("--model", choices=PRESETS, help="the preset; if None small where CUDA and its data are")
+    flag("--model", choices=PRESETS, help="a preset; small where CUDA and data/fineweb are")
     known = parser.parse_known_args(argv)[0]
     cuda = known.device.startswith("cuda")
     model = known.model or ("small" if cuda and Path("data/fineweb").exists() else "tiny")
@@ -94,7 +94,7 @@ def parse(argv=None):
     flag("--steps", type=count, help="optimizer steps, both phases together")
     flag("--batch-size", type=count, help="rows of a step, all processes together")
     flag("--micro-batch-size", type=count, help="rows that a process computes at a time, at most")
-    flag("--lr", type=positive, help="peak learning rate; from 270m on not tuned here")
+    flag("--lr", type=real, help="peak learning rate; from 270m on not tuned here")
     flag("--warmup-steps", type=natural, help="of linear warmup; if not given at most steps / 10")
     flag("--decay-frac", type=fraction, help="last fraction of the steps, with linear decay to 0")
     flag("--eval-every", type=count, default=500, help="steps between evaluations, which also save")
@@ -114,8 +114,8 @@ def parse(argv=None):
     flag("--n-active", type=count, help="experts that a token uses")
     flag("--head-dim", type=natural, help="width of a head; 0: n_embd / n_head")
     flag("--qk-norm", action=on_off, help="RMSNorm of each head's queries and keys")
-    flag("--rope-theta", type=positive, help="base of RoPE's frequencies")
-    flag("--init-std", type=positive, help="of the blocks' initial weights")
+    flag("--rope-theta", type=real, help="base of RoPE's frequencies")
+    flag("--init-std", type=real, help="of the blocks' initial weights")
     flag("--seq-len", type=count, help="l, the positions that the blocks see")
     flag("--help", action="help", help="show this")
     parser.set_defaults(**{**SHAPE, **PRESETS[model], "model": model, "warmup_steps": None})
@@ -132,7 +132,8 @@ def parse(argv=None):
     if args.n_expert and not 1 < args.n_active <= args.n_expert:    # one alone teaches no router
         fail(f"--n-active {args.n_active}: give a number from 2 to --n-expert {args.n_expert}")
     share = args.batch_size // WORLD    # rows of a step for each process, in equal micro-batches
-    args.micro_batch_size = max(n for n in range(1, args.micro_batch_size + 1) if share % n == 0)
+    most = min(share, args.micro_batch_size)
+    args.micro_batch_size = next(n for n in range(most, 0, -1) if share % n == 0)
     return args
 
 
@@ -159,8 +160,8 @@ def train(args):
     say = tqdm.write if RANK == 0 else lambda line: None
 
     # Device and processes
-    own = args.device == "cuda" or WORLD > 1 and args.device.startswith("cuda")     # a GPU each
-    device = find_device(f"cuda:{LOCAL_RANK}" if own else args.device)
+    one_each = args.device == "cuda" or WORLD > 1 and args.device.startswith("cuda")
+    device = find_device(f"cuda:{LOCAL_RANK}" if one_each else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")              # TF32 for float32 products
@@ -253,16 +254,15 @@ def train(args):
     # The log, a line a step, cut after the checkpoint's: what followed it comes again
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "metrics.jsonl", "a+b", buffering=0)   # a write a line
+        log = open(out / "metrics.jsonl", "ab", buffering=0)    # a write a line
         if os.name == "posix":                                  # Windows has no such locks
             import fcntl
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # until this process ends
             except BlockingIOError:
                 fail(f"--out {out}: another process trains there; stop it, or name another --out")
-        log.seek(0)
         steps, size = 0, 0
-        for line in log.read().splitlines(keepends=True):
+        for line in (out / "metrics.jsonl").read_bytes().splitlines(keepends=True):
             found = re.fullmatch(rb'{"step": (\d+),.*}\n', line)    # a power cut leaves zero bytes
             if not found or int(found[1]) > start:
                 break
@@ -276,12 +276,12 @@ def train(args):
             (out / "encoding.json").write_bytes(Path(args.data, "encoding.json").read_bytes())
 
     # Ctrl-C, kill, a closed terminal and SLURM's warning (USR1) stop the run after a whole step
-    stop = []
+    signals = []
 
     def on_signal(number, frame):
-        if stop and number == signal.SIGINT and WORLD == 1:     # torchrun sends each one twice
+        if signals and number == signal.SIGINT and WORLD == 1:  # torchrun sends each one twice
             raise SystemExit(130)
-        stop.append(number)
+        signals.append(number)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):     # Windows lacks the last two
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
@@ -302,7 +302,7 @@ def train(args):
             rows = rows.pin_memory() if device.type == "cuda" else rows     # to copy without a wait
             bags = rows.to(device, non_blocking=True).view(micro, l + 1, s)
             inputs, targets = bags[:, :-1], bags[:, 1:]                 # bag j predicts bag j + 1
-            wrapped.require_backward_grad_sync = i + micro == share     # DDP averages once a step
+            wrapped.require_backward_grad_sync = i + micro == share     # DDP's: average once a step
             with autocast:
                 part = wrapped(inputs, targets) / (share // micro)
             scaler.scale(part).backward()
@@ -320,10 +320,10 @@ def train(args):
 
         # Log, evaluate, save. The numbers are read once a step, the only wait for the device
         norm = norm.full_tensor() if sharded else norm
-        report = torch.stack((loss, norm, torch.full_like(loss, len(stop))))
+        report = torch.stack((loss, norm, torch.full_like(loss, len(signals))))
         if WORLD > 1:
             dist.all_reduce(report)                             # all ranks stop after the same step
-        mean_loss, norm, stops = (report / WORLD).tolist()
+        mean_loss, norm, stopping = (report / WORLD).tolist()
         done, phase = step + 1, "superposition" if step < switch else "recovery"
         if not math.isfinite(mean_loss if scaler.is_enabled() else mean_loss + norm):
             fail(f"step {done:,}: loss {mean_loss}, gradient norm {norm}; start anew with a --lr "
@@ -332,7 +332,7 @@ def train(args):
                  "val_loss": None, "val_bpb": None,
                  "tokens": positions * (done + (args.s - 1) * min(done, switch)),
                  "s_tokens": positions * done, "seconds": before + time.time() - begun}
-        if done == args.steps or done % args.eval_every == 0 and not stops:
+        if done == args.steps or done % args.eval_every == 0 and not stopping:
             entry["val_loss"], entry["val_bpb"] = evaluate(
                 model, val_tokens, encoding, args, device, autocast)
             mark = "*" if s > 1 else " "                        # it does not compare with others
@@ -340,14 +340,14 @@ def train(args):
                 f"{entry['tokens']:15,}")
         if RANK == 0:
             log.write(json.dumps(entry).encode() + b"\n")
-        if entry["val_loss"] or stops or done == switch or done % args.save_every == 0:
+        if entry["val_loss"] or stopping or done == switch or done % args.save_every == 0:
             save(model, optimizer, scaler, args, meta, entry, done == switch)
         rate = bar.format_dict["rate"] or 0.0                   # steps per second, smoothed
         mfu = f" MFU {rate * flops / peak:.1%}" if peak and low else ""
         bar.set_postfix_str(f"{phase} s={s} loss {mean_loss:.3f} "
                             f"{rate * positions * s:,.0f} tokens/s{mfu}", refresh=False)
         bar.update()
-        if stops:
+        if stopping:
             break
 
     bar.close()
@@ -377,7 +377,7 @@ def find_device(name):
 def evaluate(model, tokens, encoding, args, device, autocast):
     """The loss of next tokens, on the same rows in every run: (nats, bits per byte or None)."""
     l, micro = min(args.seq_len, len(tokens) - 1), args.micro_batch_size
-    n = (min(len(tokens), args.eval_tokens) - 1) // l
+    n = max(1, (min(len(tokens), args.eval_tokens) - 1) // l)
     starts = [i * (len(tokens) - 1 - l) // max(1, n - 1) for i in range(n)]
     token_bytes = torch.zeros(tokens.vocab_size, dtype=torch.float64)
     for token, i in encoding._mergeable_ranks.items() if encoding else ():
@@ -385,7 +385,7 @@ def evaluate(model, tokens, encoding, args, device, autocast):
     totals = torch.zeros(2, dtype=torch.float64)                # nats, bytes
     for k in range(0, n, WORLD * micro):
         group = starts[k:k + WORLD * micro]
-        mine = group[RANK::WORLD] or group[:1]      # with FSDP every rank takes part every time
+        mine = group[RANK::WORLD] or group[:1]      # FSDP wants every rank; this is not counted
         rows = tokens.rows(mine, l + 1)
         bags = rows.unsqueeze(2).to(device)                     # of one token: (rows, l + 1, 1)
         with autocast:
@@ -396,7 +396,7 @@ def evaluate(model, tokens, encoding, args, device, autocast):
     if WORLD > 1:
         dist.all_reduce(totals)
     nats, n_bytes = totals.tolist()
-    return nats / (n * l), nats / n_bytes / math.log(2) if n_bytes else None
+    return nats / (n * l), (nats / n_bytes / math.log(2) if n_bytes else None)
 
 
 def save(model, optimizer, scaler, args, meta, entry, at_switch):
