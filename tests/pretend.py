@@ -1,14 +1,12 @@
 """A pretended GPU: what the code asks of "cuda" happens on the CPU, with CUDA's argument checks.
 
-`with PretendedGPU():` for this process. For several, torchrun runs this file in place of
-train_tst.py and hands its flags on:
+`with PretendedGPU("Tesla T4"):` for this process. For several, this file takes train_tst.py's place
+under torchrun, `tests/pretend.py "Tesla T4" --steps 12`, and each has a GPU of its own index.
 
-    torchrun --nproc_per_node=2 tests/pretend.py --steps 12
-
-Each rank has a GPU of its own index. What is computed is float32, since autocast to bfloat16 on
-"cuda" leaves CPU tensors alone; dtypes, and tensors left on the wrong device, are for fake tensors.
+What is computed is float32, since autocast on "cuda" leaves CPU tensors alone; dtypes, and tensors
+left on the wrong device, are for fake tensors.
 """
-import os
+import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -21,34 +19,35 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 
 GPUS = 2
+CAPABILITY = {"NVIDIA B200": (10, 0), "NVIDIA H100 80GB HBM3": (9, 0), "Tesla T4": (7, 5)}
+PARTS = {"embedding": "embed", "scaled_dot": "block", "silu": "block", "log_softmax": "loss"}
 
 
 class PretendedGPU(TorchFunctionMode):
     """Sends every device argument "cuda..." to the CPU.
 
-    `current` is the index that was set, `graphs` are those of torch.compile, each as ("block" or
-    "loss", with gradients?).
+    `current` is the index that was set. `graphs` are torch.compile's, [part, with gradients?] each.
     """
 
-    def __init__(self):
+    def __init__(self, name):
         super().__init__()
-        self.current = 0
-        self.graphs = []
+        self.current, self.graphs = 0, []
+        native = CAPABILITY[name] >= (8, 0)                 # bfloat16, which others emulate
         stand_ins = dict(
             is_available=lambda: True, device_count=lambda: GPUS,
             current_device=lambda: self.current, set_device=self.set_device,
-            get_device_name=lambda device=None: "NVIDIA H100 80GB HBM3",
-            is_bf16_supported=lambda including_emulation=True: True,
+            get_device_name=lambda device=None: name,
+            get_device_capability=lambda device=None: CAPABILITY[name],
+            is_bf16_supported=lambda including_emulation=True: including_emulation or native,
             is_current_stream_capturing=lambda: False)      # which AdamW asks
-        self.patches = [mock.patch.object(torch.cuda, name, stand_in)
-                        for name, stand_in in stand_ins.items()]
+        self.patches = [mock.patch.object(torch.cuda, function, stand_in)
+                        for function, stand_in in stand_ins.items()]
         self.patches += [
             mock.patch.object(torch, "set_float32_matmul_precision"),   # it is the CPU's too
             mock.patch.object(torch, "compile", self.compile),
             # A build of PyTorch for CUDA would look for a real one here
             mock.patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None),
             mock.patch.object(dist, "init_process_group", self.with_gloo),
-            mock.patch.object(dist, "destroy_process_group", self.destroy),
             # Its users take it by name, so be there before they are imported
             mock.patch.object(dist.device_mesh, "init_device_mesh", self.cpu_mesh)]
 
@@ -85,10 +84,8 @@ class PretendedGPU(TorchFunctionMode):
             raise RuntimeError("CUDA error: invalid device ordinal")
         return torch.device("cpu")
 
-    def set_device(self, device):
-        index = torch.cuda._utils._get_device_index(device)     # refuses one without an index
-        self.on_cpu(torch.device("cuda", index))
-        self.current = index
+    def set_device(self, device):               # it has to have an index
+        self.current = torch.cuda._utils._get_device_index(device)
 
     def compile(self, function, real=torch.compile, **options):
         """torch.compile, which runs a graph as it is traced, by PyTorch's own operators."""
@@ -102,9 +99,9 @@ class PretendedGPU(TorchFunctionMode):
         return run
 
     def count(self, graph, inputs):
-        of_block = "scaled_dot_product_attention" in graph.code or "silu" in graph.code
-        if of_block or "amax" in graph.code:            # not the line that tries the compiler
-            self.graphs.append(("block" if of_block else "loss", torch.is_grad_enabled()))
+        part = [PARTS[word] for word in PARTS if word in graph.code]
+        if part:                                # not the line that tries the compiler
+            self.graphs.append([part[0], torch.is_grad_enabled()])
         return graph.forward
 
     @staticmethod
@@ -113,22 +110,15 @@ class PretendedGPU(TorchFunctionMode):
         return real("gloo", *args, **kwargs)
 
     @staticmethod
-    def destroy(real=dist.destroy_process_group):
-        assert sys.exc_info()[0] is None, "NCCL would wait here for ranks that have ended"
-        real()
-
-    @staticmethod
     def cpu_mesh(device_type, *args, real=dist.device_mesh.init_device_mesh, **kwargs):
         assert device_type == "cuda"    # it is given no index
         return real("cpu", *args, **kwargs)
 
 
 if __name__ == "__main__":
-    with PretendedGPU() as gpu:
+    with PretendedGPU(sys.argv[1]) as gpu:
         import train_tst
-        if os.environ.get("RANK_WITHOUT_MEMORY") == os.environ["RANK"]:
-            torch.nn.utils.clip_grad_norm_ = mock.Mock(side_effect=torch.OutOfMemoryError(
-                "CUDA out of memory"))
-        train_tst.main(sys.argv[1:])
-        print("graphs", gpu.graphs)
-        assert gpu.current == int(os.environ["LOCAL_RANK"])
+        train_tst.main(sys.argv[2:])
+        assert gpu.current == train_tst.LOCAL_RANK
+        out = train_tst.parse(sys.argv[2:]).out
+    Path(out, f"graphs{train_tst.RANK}.json").write_text(json.dumps(gpu.graphs))

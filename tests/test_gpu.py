@@ -2,21 +2,19 @@
 
 A pretended GPU (pretend.py) takes the script where CUDA would, and fake tensors on "cuda:0" have
 a GPU's dtypes and devices, and its choices of kernels, but no numbers. Speed, memory, NCCL and
-bfloat16's rounding are for a real one.
+the rounding of 16 bits are for a real one.
 """
-import ast
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT
 from pretend import PretendedGPU
@@ -24,14 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import train_tst
-from model import GPT, ChunkedHeadLoss, Config, bag_weights
+from model import GPT, Config, MoE
 from tools import sample
 
-
-@pytest.fixture
-def gpu():
-    with PretendedGPU() as pretended:
-        yield pretended
+H100, T4, B200 = "NVIDIA H100 80GB HBM3", "Tesla T4", "NVIDIA B200"
 
 
 @pytest.fixture(scope="module")
@@ -54,50 +48,47 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def stop_at(step, monkeypatch):
-    """Ctrl-C in that step of the run to come."""
-    real, steps = torch.nn.utils.clip_grad_norm_, iter(range(1, step + 1))
+def start(card, words, monkeypatch):
+    """Three steps of a run on one card, and Ctrl-C in the third."""
+    real, steps = torch.nn.utils.clip_grad_norm_, iter("123")
 
     def clip(*args, **kwargs):
-        if next(steps, None) == step:
+        if next(steps) == "3":
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-
-
-def torchrun(*words, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "--", str(ROOT / "tests/pretend.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200,
-                          env={**os.environ, **environment})
+    with monkeypatch.context() as patch, PretendedGPU(card):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        train_tst.main(words)
 
 
 # The whole script
 
-def test_one_gpu_needs_no_flag(flags, on_cpu, gpu, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("card, dtype", [(H100, "bfloat16"), (T4, "float16")])
+def test_one_gpu_needs_no_flag(flags, on_cpu, card, dtype, tmp_path, capsys, monkeypatch):
     words = [*flags, "--out", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        stop_at(3, patch)
-        train_tst.main(words)
-    assert "1 x NVIDIA H100 80GB HBM3, bfloat16, compiled" in capsys.readouterr().out
+    start(card, words, monkeypatch)
+    assert f"1 x {card}, {dtype}, compiled" in capsys.readouterr().out
     assert len(losses(tmp_path / "run")) == 3
-    train_tst.main([*words, "--resume"])
-    assert losses(tmp_path / "run") == pytest.approx(on_cpu, abs=1e-4)
-    sample.main([str(tmp_path / "run"), "--prompt", "ab", "--tokens", "3"])
+    with PretendedGPU(card):
+        train_tst.main([*words, "--resume"])
+        assert losses(tmp_path / "run") == pytest.approx(on_cpu, abs=1e-4)
+        sample.main([str(tmp_path / "run"), "--prompt", "ab", "--tokens", "3"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("ab")
+    assert bool(train_tst.load_checkpoint(tmp_path / "run")["scaler"]) == (dtype == "float16")
 
 
-@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("card, more", [(T4, []), (H100, ["--fsdp"])], ids=["ddp", "fsdp"])
 def test_two_gpus_go_on_where_one_stopped_and_a_cpu_where_they_did(
-        flags, on_cpu, tmp_path, more, monkeypatch):
+        flags, on_cpu, tmp_path, card, more, monkeypatch):
     out, branch = tmp_path / "run", tmp_path / "branch"
-    with monkeypatch.context() as patch, PretendedGPU():
-        stop_at(3, patch)
-        train_tst.main([*flags, "--out", str(out)])
-    done = torchrun(*flags, *more, "--out", str(out), "--resume")
+    start(card, [*flags, "--out", str(out)], monkeypatch)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+         str(ROOT / "tests/pretend.py"), card, *flags, *more, "--out", str(out), "--resume"],
+        capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "2 x NVIDIA H100 80GB HBM3, bfloat16, compiled" in done.stdout
+    assert f"2 x {card}, " in done.stdout and ", compiled" in done.stdout
     # FSDP's own bfloat16 is of any device
     assert losses(out) == pytest.approx(on_cpu, abs=2e-2 if more else 1e-4)
 
@@ -106,49 +97,39 @@ def test_two_gpus_go_on_where_one_stopped_and_a_cpu_where_they_did(
     train_tst.main([*flags, "--out", str(branch), "--resume"])
     assert losses(branch) == pytest.approx(on_cpu[6:], abs=2e-2 if more else 1e-4)
 
-    # One training graph for all blocks, one for the loss, none more at the switch; the others are
-    # of evaluation
-    for line in done.stdout.splitlines():
-        if line.startswith("graphs"):
-            graphs = ast.literal_eval(line.removeprefix("graphs "))
-            assert graphs.count(("block", True)) == 1
-            assert sum(kind == "loss" for kind, _ in graphs) == 1
-    assert done.stdout.count("graphs") == 2
+    # To train, one graph for all blocks, and one for each s of the two parts that see it
+    for rank in (0, 1):
+        graphs = json.loads((out / f"graphs{rank}.json").read_text())
+        assert [graphs.count([part, True]) for part in ("embed", "block", "loss")] == [2, 1, 2]
 
 
-def test_the_others_do_not_wait_for_a_gpu_that_ran_out_of_memory(flags, tmp_path):
-    done = torchrun(*flags, "--no-compile", "--out", str(tmp_path / "run"),
-                    RANK_WITHOUT_MEMORY="1")
-    assert done.returncode != 0 and "NCCL would wait" not in done.stderr
-    assert "size 4 does not fit on the device: try --micro-batch-size 2" in done.stderr
+def test_a_gpu_without_memory_does_not_wait_for_the_others(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)       # the others are pretended too
+    monkeypatch.setattr(dist, "destroy_process_group",
+                        Mock(side_effect=AssertionError("NCCL would wait for them")))
+    monkeypatch.setenv("LOCAL_RANK", "1")                           # whichever it is says so
+    with pytest.raises(SystemExit), PretendedGPU(H100):
+        train_tst.main([*flags, "--no-compile", "--out", str(tmp_path / "run")])
+    assert "--micro-batch-size 4 does not fit on the device" in capsys.readouterr().err
 
 
-def test_a_gpu_is_taken_by_its_index_and_one_that_is_not_there_is_named(
-        flags, gpu, tmp_path, capsys):
-    words = [*flags, "--steps", "2", "--no-compile", "--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit) as end:
-        train_tst.main([*words, "--device", "cuda:2"])
-    assert end.value.code == 2 and "--device cuda:2 is not on this" in capsys.readouterr().err
-    train_tst.main([*words, "--device", "cuda:1"])
-    assert gpu.current == 1
+def test_a_gpu_is_taken_by_its_index_and_one_that_is_not_there_is_named(flags, tmp_path, capsys):
+    words = [*flags, "--steps", "2", "--no-compile", "--out", str(tmp_path / "run"), "--device"]
+    with PretendedGPU(H100) as gpu:
+        with pytest.raises(SystemExit):
+            train_tst.main([*words, "cuda:2"])
+        assert "--device cuda:2 is not on this machine" in capsys.readouterr().err
+        train_tst.main([*words, "cuda:1"])
+        assert gpu.current == 1
 
 
-def test_the_benchmark_counts_a_kernel_once_and_goes_on_without_what_does_not_fit(
-        monkeypatch, capsys):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "what the import says")
-    from study import bench
-    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
-    events = [SimpleNamespace(key=key, device_type=device, self_device_time_total=5.0,
-                              is_user_annotation=key == "step")
-              for key, device in (("aten::mm", cpu), ("gemm", cuda), ("step", cuda))]
-    assert bench.spent_by(events, "cuda") == {"gemm": 5.0}
-
-    monkeypatch.setattr(bench, "SECONDS", 0)
-    args = SimpleNamespace(device="cpu", clock=time.perf_counter)
-    times = bench.race(args, {"listing": Mock(side_effect=torch.OutOfMemoryError("CUDA")),
-                              "ours": lambda: time.sleep(0.01)})
-    assert "listing does not fit" in capsys.readouterr().out
-    assert len(times["ours"]) == 5 and "does not fit" in bench.ratio(times, "listing", "ours")
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTorch before 2.10")
+@pytest.mark.parametrize("card, grouped", [(H100, True), (B200, False)])
+def test_experts_have_one_product_but_on_blackwell_where_its_gradient_is_wrong(card, grouped):
+    with PretendedGPU(card):
+        assert MoE(Config(1, 32, 4, 2, 24, n_expert=5)).grouped == grouped
 
 
 # Fake tensors
@@ -165,21 +146,15 @@ class Calls(TorchFunctionMode):
             q, k, v = args
             assert q.dtype == k.dtype == v.dtype
             self.attention.add((q.dtype, q.size(1), k.size(1), kwargs["enable_gqa"]))
-        # In these two a build of PyTorch for the CPU asks for the driver
-        if function is torch.Tensor.__getitem__ and isinstance(args[1], slice):
-            return torch.ops.aten.slice(args[0], 0, args[1].start, args[1].stop)
-        if function is torch.Tensor.copy_:
-            return args[0]
+        if function is torch.Tensor.__getitem__:    # a build for the CPU would ask for the driver
+            rope, i = args                          # rope[0], rope[:, :l]
+            return rope.select(0, i) if isinstance(i, int) else rope.narrow(1, 0, i[1].stop)
         return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Modes in which a tensor on "cuda" is a shape, a dtype and a device, without gradients.
-
-    Autograd would ask the driver for the device, in a build for CUDA too. So what the head's loss
-    gives its backward is caught where it is stored.
-    """
+    """A tensor on "cuda" is a shape, a dtype and a device. Gradients would ask for the driver."""
     for draw in ("uniform_", "normal_"):            # initial weights, which autograd would see
         monkeypatch.setattr(torch.Tensor, draw, lambda tensor, *args, **kwargs: tensor)
     with FakeTensorMode(), torch.no_grad(), Calls() as calls:
@@ -187,43 +162,19 @@ def fake(monkeypatch):
     torch.set_autocast_enabled("cuda", False)
 
 
-def bfloat16_products():
-    """torch.autocast("cuda", torch.bfloat16), which turns itself off where no GPU is."""
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.set_autocast_enabled("cuda", True)
-
-
-def small_gpt():
+@pytest.mark.parametrize("dtype, kv_heads", [       # all fused kernels know GQA in bfloat16 alone
+    (torch.float32, 4), (torch.float16, 4), (torch.bfloat16, 2)])
+def test_stream_and_products_are_in_autocasts_dtype_and_attention_is_fused(fake, dtype, kv_heads):
+    stream = set()
     with torch.device("cuda:0"):
-        return GPT(Config(2, 32, 4, 2, 48, vocab_size=300, seq_len=16)).requires_grad_(False)
-
-
-def test_products_and_stream_are_bfloat16_and_losses_and_gradients_float32(fake):
-    model, stream = small_gpt(), set()
-    model.blocks[1].register_forward_pre_hook(lambda block, given: stream.add(given[0].dtype))
-    bags = torch.zeros(2, 16, 3, dtype=torch.int64, device="cuda:0")
-    weights = bag_weights("uniform", 3).to("cuda:0")
-    bfloat16_products()
-    logits, loss = model(bags), model(bags, bags, weights)
-    assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
-    assert logits.is_cuda and loss.is_cuda and model(bags, bags).is_cuda
-    assert stream == {torch.bfloat16}
-
-    for dtype in (torch.bfloat16, torch.float32):           # of the trunk's output
-        kept = SimpleNamespace()
-        kept.save_for_backward = lambda *tensors: setattr(kept, "saved_tensors", tensors)
-        x = torch.zeros(32, 32, dtype=dtype, device="cuda:0")
-        loss = ChunkedHeadLoss.forward(kept, x, model.head.weight, bags.flatten(0, 1), weights,
-                                       True, model.normalise)
-        grad_x, grad_head, *_ = ChunkedHeadLoss.backward(kept, torch.ones((), device="cuda:0"))
-        assert loss.dtype == grad_head.dtype == torch.float32
-        assert grad_x.dtype == torch.bfloat16 and grad_x.is_cuda and grad_head.is_cuda
-
-
-def test_attention_has_a_fused_kernel(fake):
-    """Flash attention knows GQA, in bfloat16; in float32 there is one that does not."""
-    model, bags = small_gpt(), torch.zeros(2, 16, 1, dtype=torch.int64, device="cuda:0")
-    model(bags)
-    bfloat16_products()
-    model(bags)
-    assert fake.attention == {(torch.float32, 4, 4, False), (torch.bfloat16, 4, 2, True)}
+        model = GPT(Config(2, 32, 4, 2, 48, vocab_size=300, seq_len=16)).requires_grad_(False)
+        bags = torch.zeros(2, 16, 3, dtype=torch.int64)
+    for part in (*model.blocks, model.norm):
+        part.register_forward_pre_hook(lambda part, given: stream.add(given[0].dtype))
+    if dtype != torch.float32:          # torch.autocast turns itself off where no GPU is
+        torch.set_autocast_dtype("cuda", dtype)
+        torch.set_autocast_enabled("cuda", True)
+    logits, loss = model(bags), model(bags, bags)
+    assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
+    assert logits.is_cuda and loss.is_cuda and stream == {dtype}
+    assert fake.attention == {(dtype, 4, kv_heads, kv_heads < 4)}

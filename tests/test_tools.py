@@ -1,7 +1,5 @@
 """The tools: corpora into shards; samples, exports and pictures of a small run; the rest."""
 import json
-import runpy
-import sys
 import sysconfig
 
 import numpy as np
@@ -9,12 +7,12 @@ import pytest
 import regex
 import tiktoken
 import torch
-from conftest import ROOT, VOCAB
+from conftest import VOCAB
 
 import data
 import train_tst
 from tools import corpus as corpora
-from tools import export, fineweb, plan, plot, sample
+from tools import export, fineweb, plot, sample
 
 
 def prose(seed, characters):
@@ -210,15 +208,6 @@ def test_a_picture_of_two_runs(run, tmp_path, capsys):
     assert "metrics.jsonl" in refused(capsys, plot.main, tmp_path)
 
 
-def test_the_plan_counts_what_the_run_reads(capsys, monkeypatch):
-    monkeypatch.setattr(train_tst, "WORLD", 1)
-    plan.main(["--json", "--model", "tiny"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["parameters"] == 473_760
-    assert found["superposition_tokens"] == 480 * 32 * 96 * 4
-    assert found["recovery_tokens"] == 1920 * 32 * 96
-
-
 def test_fineweb_downloads_what_is_missing_and_the_encoding_once(
         run, corpus, tmp_path, monkeypatch, capsys):
     hub, out, asked = pytest.importorskip("huggingface_hub"), tmp_path / "fineweb", []
@@ -253,13 +242,3 @@ def test_fineweb_downloads_what_is_missing_and_the_encoding_once(
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {}["no network\nat all"])
     (out / "encoding.json").unlink()
     assert "same command" in refused(capsys, fineweb.main, "--shards", "0", "--out", out)
-
-
-@pytest.mark.parametrize("name", ["corpus", "fineweb", "sample", "export", "plot", "plan"])
-def test_every_tool_explains_itself(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-    said = capsys.readouterr().out
-    assert end.value.code == 0 and (name != "fineweb" or (
-        "pip install huggingface_hub && python tools/fineweb.py --shards 10" in said))
