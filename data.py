@@ -99,7 +99,7 @@ def load(folder):
     path, streams = Path(folder, "meta.json"), []
     try:
         meta = json.loads(path.read_text()) if path.exists() else dict(GPT2)    # as of llm.c
-        vocab_size, _ = meta["vocab_size"], meta["tokenizer"]
+        vocab_size, _ = int(meta["vocab_size"]), meta["tokenizer"]
     except (ValueError, LookupError, TypeError):
         fail(f"{path}: not JSON with tokenizer and vocab_size, such as {json.dumps(GPT2)}")
     for split in ("train", "val"):      # as a word of the name: "val" is none in "retrieval"

@@ -77,11 +77,12 @@ class GPT(nn.Module):
         x = self.embed(bags)                                            # (B, l, d)
         for block in self.blocks:
             x = block(x, self.rope[:, :x.size(1)])
+        # Off the layers in any case, since a tensor with a graph, left there, stops a `deepcopy`
+        balances = [vars(block.mlp).pop("balance") for block in self.blocks if self.config.n_expert]
         if targets is None:
             return self.head(self.norm(x))
         loss = self.loss(x, targets)
-        if self.config.n_expert:        # a balance loss, weighted as Qwen3's, keeps all in use
-            balances = [vars(block.mlp).pop("balance") for block in self.blocks]    # or no deepcopy
+        if balances:                    # a loss that keeps all experts in use, weighted as Qwen3's
             balance = 1e-3 * self.config.n_active * torch.stack(balances).mean()
             loss = loss + (balance - balance.detach())      # its gradient; the value stays as it is
         return loss
@@ -165,10 +166,9 @@ class MoE(nn.Module):
         self.router = nn.Linear(d, n, bias=False)
         self.gate_up = nn.Parameter(torch.empty(n, 2 * h, d))
         self.down = nn.Parameter(torch.empty(n, d, h))
-        # Blackwell's grouped product gives experts without rows a wrong gradient (PyTorch #172439)
+        # PyTorch 2.10's grouped product wants rows of 16 bytes; on Blackwell it is wrong (#172439)
         blackwell = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
-        aligned = d % 8 == h % 8 == 0                       # it wants rows of whole 16 bytes
-        self.grouped = hasattr(F, "grouped_mm") and aligned and not blackwell   # PyTorch 2.10 on
+        self.grouped = hasattr(F, "grouped_mm") and d % 8 == h % 8 == 0 and not blackwell
 
     def forward(self, x):                                               # (B, l, d) -> (B, l, d)
         tokens = x.flatten(0, 1)                                        # (N, d), N = B l

@@ -143,9 +143,8 @@ def main(argv=None):
     try:
         train(args)
     except OSError as error:
-        Path(args.out, "ckpt.tmp").unlink(missing_ok=True)
-        fail(f"{error.filename or args.out}: {error.strerror or error}; make room, then the same "
-             "command with --resume, or name another folder", anywhere=True)
+        fail(f"{error.filename or args.out}: {error.strerror or error}; mend that, then the same "
+             "command with --resume goes on", anywhere=True)
     except RuntimeError as error:       # CUDA has a class of its own for this, Apple's has not
         if "out of memory" not in str(error):
             raise
@@ -176,13 +175,13 @@ def train(args):
     # The run's folder: new, or with a checkpoint to go on from
     out, start, checkpoint = Path(args.out), 0, None
     if args.resume and (out / "ckpt.pt").exists():
-        checkpoint = load_checkpoint(out, mmap=True)
+        checkpoint = load_checkpoint(out)
         start = checkpoint["step"]
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and value != checkpoint["args"].get(name):
                 fail(f"--{name.replace('_', '-')} {value} contradicts the run in {out}, which has "
                      f"{checkpoint['args'].get(name)}: give its flags, or another --out")
-    elif not args.resume and ((out / "ckpt.pt").exists() or (out / "metrics.jsonl").exists()):
+    elif not args.resume and (out / "ckpt.pt").exists():
         fail(f"--out {out} holds a run: add --resume to go on with it, or name another --out")
     if WORLD > 1:
         starts = [start] * WORLD
@@ -207,9 +206,9 @@ def train(args):
 
     # Model
     torch.manual_seed(args.seed)
-    config = Config(**{name: getattr(args, name) for name in SHAPE}, vocab_size=meta["vocab_size"])
+    shape = {name: getattr(args, name) for name in SHAPE}
     with device:
-        model = GPT(config)
+        model = GPT(Config(**shape, vocab_size=train_tokens.vocab_size))
     if args.compile:
         try:
             torch.compile(lambda x: (x * 2).sum())(torch.ones(8, device=device))    # a trial
@@ -255,12 +254,13 @@ def train(args):
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "metrics.jsonl", "ab", buffering=0)    # a write a line
-        if os.name == "posix":                                  # Windows has no such locks
+        try:
             import fcntl
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # until this process ends
-            except BlockingIOError:
-                fail(f"--out {out}: another process trains there; stop it, or name another --out")
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # until this process ends
+        except BlockingIOError:
+            fail(f"--out {out}: another process trains there; stop it, or name another --out")
+        except (ImportError, OSError):  # Windows and some file systems have no such locks
+            pass
         steps, size = 0, 0
         for line in (out / "metrics.jsonl").read_bytes().splitlines(keepends=True):
             found = re.fullmatch(rb'{"step": (\d+),.*}\n', line)    # a power cut leaves zero bytes
@@ -335,13 +335,13 @@ def train(args):
         if done == args.steps or done % args.eval_every == 0 and not stopping:
             entry["val_loss"], entry["val_bpb"] = evaluate(
                 model, val_tokens, encoding, args, device, autocast)
-            mark = "*" if s > 1 else " "                        # it does not compare with others
-            say(f"{done:7,}  {phase:13}  {mean_loss:9.4f}{mark}  {entry['val_loss']:15.4f}  "
-                f"{entry['tokens']:15,}")
         if RANK == 0:
             log.write(json.dumps(entry).encode() + b"\n")
         if entry["val_loss"] or stopping or done == switch or done % args.save_every == 0:
             save(model, optimizer, scaler, args, meta, entry, done == switch)
+        if entry["val_loss"]:           # * marks a loss of bags, which compares with no other
+            say(f"{done:7,}  {phase:13}  {mean_loss:9.4f}{'*' if s > 1 else ' '}  "
+                f"{entry['val_loss']:15.4f}  {entry['tokens']:15,}")
         rate = bar.format_dict["rate"] or 0.0                   # steps per second, smoothed
         mfu = f" MFU {rate * flops / peak:.1%}" if peak and low else ""
         bar.set_postfix_str(f"{phase} s={s} loss {mean_loss:.3f} "
@@ -379,9 +379,8 @@ def evaluate(model, tokens, encoding, args, device, autocast):
     l, micro = min(args.seq_len, len(tokens) - 1), args.micro_batch_size
     n = max(1, (min(len(tokens), args.eval_tokens) - 1) // l)
     starts = [i * (len(tokens) - 1 - l) // max(1, n - 1) for i in range(n)]
-    token_bytes = torch.zeros(tokens.vocab_size, dtype=torch.float64)
-    for token, i in encoding._mergeable_ranks.items() if encoding else ():
-        token_bytes[i] = len(token)
+    sizes = {i: len(token) for token, i in encoding._mergeable_ranks.items()} if encoding else {}
+    token_bytes = torch.tensor([sizes.get(i, 0.0) for i in range(tokens.vocab_size)])
     totals = torch.zeros(2, dtype=torch.float64)                # nats, bytes
     for k in range(0, n, WORLD * micro):
         group = starts[k:k + WORLD * micro]
@@ -411,19 +410,20 @@ def save(model, optimizer, scaler, args, meta, entry, at_switch):
     for name in ("ckpt_switch.pt", "ckpt.pt") if at_switch else ("ckpt.pt",):
         try:
             torch.save(state, temporary)
-        except RuntimeError as error:               # what torch makes of a full disk
-            raise OSError(f"{temporary} cannot be written, {error}") from error
-        os.replace(temporary, Path(args.out, name))
+            os.replace(temporary, Path(args.out, name))
+        except (OSError, RuntimeError) as error:    # the latter is what torch makes of a full disk
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"{temporary} cannot be written ({error})") from error
 
 
-def load_checkpoint(path, mmap=False):
+def load_checkpoint(path):
     """The checkpoint in a run's folder, or in a file: a dict, on the CPU, by no pickled code."""
     file = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=os.name == "posix")
     except Exception as error:          # the system, pickle, zip files and torch raise all kinds
         fail(f"{file}: no whole checkpoint of train_tst.py ({type(error).__name__}); name a run's "
-             "folder, such as runs/tiny-s6-r0.3-seed0, or its ckpt_switch.pt")
+             "folder, such as runs/tiny-s4-r0.2-seed0, or its ckpt_switch.pt")
 
 
 if __name__ == "__main__":

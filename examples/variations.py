@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=8 -- examples/variations.py weighting --s 8
 
 They are exercises too: read the two sentences, write the lines yourself, and compare. A run trains
-on changed copies of the files, and the name of its folder begins with the variation's.
+on changed copies of the files, and the name of its folder begins with the variation's. (Where it
+skips tokens of its rows the log counts them all the same.)
 """
 import argparse
 import runpy

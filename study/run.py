@@ -131,7 +131,7 @@ def row_of(experiment, flags, args, last):
     """The row of a finished run."""
     out = folder(flags)
     train_tokens, _, meta, _ = data.load(ROOT / args["data"])
-    weights = load_checkpoint(out, mmap=True)["model"]
+    weights = load_checkpoint(out)["model"]
     known = {**last, **args, "experiment": experiment, "command": f"python train_tst.py {flags}",
              "lr": f"{args['lr']:g}", "epochs": f"{last['tokens'] / len(train_tokens):.2f}",
              "vocab_size": meta["vocab_size"], "data_hash": meta["hash"][:12],

@@ -34,8 +34,8 @@ def corpus(tmp_path_factory):
     tokens = np.random.default_rng(0).integers(0, VOCAB // 3, 63_000).astype(np.uint16)
     tokens[1::2] = tokens[::2] * 2 + 7                          # half of them can be learnt
     for k in range(3):
-        write_shard(folder / f"x_train_{k}.bin", tokens[20_000 * k:20_000 * (k + 1)])
-    write_shard(folder / "x_val_0.bin", tokens[60_000:])
+        write_shard(folder / f"retrieval_train_{k}.bin", tokens[20_000 * k:20_000 * (k + 1)])
+    write_shard(folder / "retrieval_val_0.bin", tokens[60_000:])
     ranks = {bytes([i]): i for i in range(256)}
     ranks.update({bytes([97 + i // 9, 97 + i % 9]): 256 + i for i in range(VOCAB - 257)})
     save_encoding(byte_pair_encoding("mine", PATTERN, ranks), folder)

@@ -1,7 +1,6 @@
 """What must hold of a mixture of experts: its arithmetic, its balance, its training, its export."""
 import copy
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +11,6 @@ import torch.nn.functional as F
 from conftest import ROOT, VOCAB
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import train_tst
 from model import GPT, Config, MoE, multi_hot_cross_entropy
@@ -115,7 +112,7 @@ def test_blocks_are_compiled_once_whatever_s_and_the_counts_are(dtype):
     assert graphs == {1} if in_one else len(graphs) == 1
 
 
-# Parameters and FLOPs
+# Parameters
 
 def test_the_papers_model_has_its_parameters():
     shape = {name: value for name, value in train_tst.PRESETS["10b-a1b"].items()
@@ -127,43 +124,21 @@ def test_the_papers_model_has_its_parameters():
     assert sum(active) == 1_429_448_192             # 8 of 128 experts are
 
 
-def test_experts_are_initialised_like_any_matrix():
-    moe = GPT(replace(SMALL, n_embd=64, n_hidden=64, init_std=0.03)).blocks[1].mlp
-    for p, std in ((moe.router.weight, 0.03), (moe.gate_up, 0.03), (moe.down, 0.015)):
-        assert p.std().item() == pytest.approx(std, rel=0.2) and abs(p.mean()) < 0.1 * std
-
-
-@pytest.mark.parametrize("s", [1, 6])
-def test_a_superposed_step_costs_the_flops_of_a_baseline_step(s):
-    model = GPT(SMALL)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(*batch(s)).backward()
-    assert counter.get_total_flops() == model.flops_per_position() * 2 * 16
-
-
 # Training and export
 
 def test_the_balance_loss_changes_the_gradient_and_not_the_value():
     model, (inputs, targets) = GPT(SMALL).double(), batch(3)
     model.loss = lambda *given: GPT.loss(model, *given) / 1e6   # so small that a sum would round it
-    plain = multi_hot_cross_entropy(model(inputs), targets) / 1e6
-    balance = sum(block.mlp.balance for block in model.blocks) / 2
+    balances = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda mlp, *_: balances.append(mlp.balance))
+    plain, balance = multi_hot_cross_entropy(model(inputs), targets) / 1e6, sum(balances) / 2
     loss, parameters = model(inputs, targets), list(model.parameters())
     assert torch.equal(loss, plain)
     torch.testing.assert_close(
         torch.autograd.grad(loss, parameters),
         torch.autograd.grad(plain + 1e-3 * 2 * balance, parameters), rtol=1e-6, atol=1e-15)
     copy.deepcopy(model)                # which a tensor with a graph, left there, would prevent
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_resumes_exactly(moe_flags, dtype, tmp_path):
-    words, out, again = [*moe_flags, "--dtype", dtype], tmp_path / "run", tmp_path / "again"
-    train_tst.main([*words, "--out", str(out)])
-    again.mkdir()
-    shutil.copy(out / "ckpt_switch.pt", again / "ckpt.pt")
-    train_tst.main([*words, "--out", str(again), "--resume"])
-    assert numbers(again) == numbers(out)[6:]       # the last val_loss is the last weights'
 
 
 IN_FLOAT64 = """
@@ -192,13 +167,6 @@ def test_one_process_ddp_and_fsdp_train_the_same_over_the_switch(moe_flags, tmp_
     for name in ("ddp", "fsdp"):
         assert logs[name] == [pytest.approx(entry, rel=1e-10) for entry in logs["one"]]
         torch.testing.assert_close(models[name], models["one"], rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("n_active", ["1", "6"])                # of 5
-def test_a_router_that_cannot_learn_or_choose_is_refused(moe_flags, capsys, n_active):
-    with pytest.raises(SystemExit):
-        train_tst.parse([*moe_flags, "--n-active", n_active])
-    assert f"--n-active {n_active}: give a" in capsys.readouterr().err
 
 
 def test_the_export_is_qwens_model_with_the_same_logits(moe_flags, tmp_path):

@@ -38,21 +38,6 @@ def test_a_run_is_made_once_and_has_a_row_with_every_column(study, flags, monkey
     assert row["val_loss"] == f"{json.loads(log.read_text().splitlines()[-1])['val_loss']:.4f}"
 
 
-def test_experiments_have_the_runs_and_positions_that_they_should_on_any_data(study, monkeypatch):
-    for name, n_runs, positions in (("first", 15, 7_372_800), ("scale", 6, 131_072_000)):
-        assert len({run.folder(flags) for flags in run.EXPERIMENTS[name]}) == n_runs
-        for flags in run.EXPERIMENTS[name]:
-            assert len(run.folder(flags).name) < 250            # a disk's limit is 255
-            args = train_tst.parse(flags.replace("cuda", "cpu").split())
-            assert args.steps * args.batch_size * args.seq_len == positions
-    made = []
-    monkeypatch.setattr(run, "make", lambda flags, end: made.append(flags))
-    monkeypatch.setattr(sys, "argv", ["study/run.py", "first", "scale", "--data", "data/fineweb"])
-    run.main()
-    assert len(made) == 21
-    assert all(flags.count("--data") == flags.count("--data data/fineweb") == 1 for flags in made)
-
-
 def test_pairs_share_all_but_the_method_and_repeat_no_token():
     def row(s, loss, data_hash="aaa", lr="0.003", epochs="0.5", others=""):
         method = f"--s {s}" + (" --r 0.2" if s > 1 else "")

@@ -18,7 +18,7 @@ from train_tst import best_device, find_device, load_checkpoint
 
 def load_model(path, device="cpu"):
     """The trained GPT and its tiktoken.Encoding (or None), of a run's folder or a checkpoint."""
-    checkpoint, path = load_checkpoint(path, mmap=True), Path(path)
+    checkpoint, path = load_checkpoint(path), Path(path)
     with torch.device(device):
         model = GPT(Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
