@@ -20,10 +20,12 @@ VOCAB = 300
 def same_everywhere():
     torch.set_num_threads(1)
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    for number in handlers:             # whatever nohup or a shell's background has ignored
+        signal.signal(number, signal.default_int_handler)
     yield
-    for name, handler in handlers.items():      # a run takes them over
-        signal.signal(getattr(signal, name), handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -116,11 +116,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(run, flags, tmp_path, step, numb
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(flags, tmp_path, monkeypatch):
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell may have it ignored
     stop_at(3, monkeypatch, signal.SIGINT, signal.SIGINT)
     with pytest.raises(SystemExit) as end:
         train_tst.main([*flags, "--out", str(tmp_path / "run")])
     assert end.value.code == 130 and len(log(tmp_path / "run")) == 2
+
+
+def test_a_run_under_nohup_outlives_its_terminal(flags, tmp_path, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)                # as nohup does
+    stop_at(3, monkeypatch, signal.SIGHUP)
+    train_tst.main([*flags, "--out", str(tmp_path / "run")])
+    assert len(log(tmp_path / "run")) == 12
 
 
 def test_a_folder_is_refused_to_another_run_and_to_other_flags_data_and_writers(
