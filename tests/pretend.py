@@ -1,10 +1,7 @@
 """A pretended GPU: what the code asks of "cuda" happens on the CPU, with CUDA's argument checks.
 
-`with PretendedGPU("Tesla T4"):` for this process. For several, this file takes train_tst.py's place
-under torchrun, `tests/pretend.py "Tesla T4" --steps 12`, and each has a GPU of its own index.
-
-What is computed is float32, since autocast on "cuda" leaves CPU tensors alone; dtypes, and tensors
-left on the wrong device, are for fake tensors.
+`with PretendedGPU("Tesla T4"):` for this process; for several torchrun runs this file instead of
+train_tst.py. What is computed is float32, since autocast on "cuda" leaves CPU tensors alone.
 """
 import json
 import sys

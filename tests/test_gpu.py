@@ -1,8 +1,7 @@
 """What must hold on a GPU, as far as a machine without one can tell.
 
-A pretended GPU (pretend.py) takes the script where CUDA would, and fake tensors on "cuda:0" have
-a GPU's dtypes and devices, and its choices of kernels, but no numbers. Speed, memory, NCCL and
-the rounding of 16 bits are for a real one.
+A pretended GPU takes the script where CUDA would, and fake tensors on "cuda:0" have a GPU's
+dtypes, devices and choices of kernels. Speed, memory, NCCL and rounding are for a real one.
 """
 import json
 import os

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-import train_tst
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))
 import draw
 import run
 import table
+
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):

