@@ -1,7 +1,6 @@
-"""The method's claims, one a test, for a reader. Run with: python -m pytest test_tst.py
+"""The method's claims, one a test, for a reader: python -m pytest test_tst.py
 
-What a user meets beside the method (runs, resuming, several processes, bad input) is in tests/.
-"""
+What a user meets beside the method, as resuming and bad input, is in tests/."""
 import json
 import math
 import signal
@@ -62,20 +61,14 @@ def test_the_average_is_taken_in_float32_where_the_table_is_bfloat16():
 
 @pytest.mark.parametrize("s", [1, 5])
 def test_the_multi_hot_loss_is_the_mean_of_s_cross_entropies(s):
-    """With one token in a bag the ordinary one."""
+    """With one token in a bag the ordinary one; and a token that is there twice counts twice."""
     logits = torch.randn(3, 7, 40, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 40, (3, 7, s))
+    targets = torch.randint(0, 9, (3, 7, s))
     loss = multi_hot_cross_entropy(logits, targets)
     slow = sum(F.cross_entropy(logits.flatten(0, 1), targets[..., i].flatten())
                for i in range(s)) / s
     torch.testing.assert_close(loss, slow)
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, slow)))
-
-
-def test_a_token_that_occurs_twice_counts_twice():
-    log_p = torch.randn(40, dtype=torch.float64).log_softmax(0)
-    loss = multi_hot_cross_entropy(log_p, torch.tensor([7, 9, 7]))
-    torch.testing.assert_close(loss, -(2 * log_p[7] + log_p[9]) / 3)
 
 
 def test_the_loss_is_the_divergence_from_the_bag_plus_log_s():
@@ -244,12 +237,12 @@ def adamw(model):
 @pytest.fixture(scope="module")
 def tst(language, tmp_path_factory):
     """A TST run of 60 steps on bags of 2, then 60 on tokens: (folder, log)."""
-    folder = tmp_path_factory.mktemp("runs") / "tst"
-    return folder, train(language, folder, "--s", "2", "--r", "0.5")
+    out = tmp_path_factory.mktemp("runs") / "tst"
+    return out, train(language, out, "--s", "2", "--r", "0.5")
 
 
 def test_tst_learns_what_there_is_to_learn_in_both_phases(tst):
-    _, log = tst
+    log = tst[1]
     assert log[0]["loss"] == pytest.approx(math.log(256), abs=0.1)
     assert [(entry["phase"], entry["s"]) for entry in log] == (
         60 * [("superposition", 2)] + 60 * [("recovery", 1)])

@@ -112,8 +112,6 @@ def test_blocks_are_compiled_once_whatever_s_and_the_counts_are(dtype):
     assert graphs == {1} if in_one else len(graphs) == 1
 
 
-# Parameters
-
 def test_the_papers_model_has_its_parameters():
     shape = {name: value for name, value in train_tst.PRESETS["10b-a1b"].items()
              if name in train_tst.SHAPE}
