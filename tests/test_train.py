@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import data
 import train_tst
 
 
@@ -70,7 +71,8 @@ def torchrun(*words):
 
 # The run's folder
 
-def test_a_run_leaves_its_log_its_checkpoints_and_what_sampling_needs(run):
+def test_a_run_leaves_its_log_its_checkpoints_and_what_sampling_needs(run, corpus):
+    assert [len(split) for split in data.load(corpus)[:2]] == [60_000, 3_000]   # of "retrieval_..."
     entries = log(run)
     assert [entry["step"] for entry in entries] == list(range(1, 13))
     assert set(entries[0]) == {"step", "phase", "s", "loss", "lr", "val_loss", "val_bpb", "tokens",
@@ -180,13 +182,13 @@ def test_float16_trains_as_float32_does(run, flags, tmp_path, launch, more):
 
 def test_float16_skips_steps_that_overflow_and_resumes_with_its_scale(
         flags, tmp_path, monkeypatch):
-    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 30)
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 22)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     words = [*flags, "--dtype", "float16", "--out"]
     train_tst.main([*words, str(tmp_path / "whole")])
     skipped = train_tst.load_checkpoint(tmp_path / "whole")
-    assert 1 < skipped["scaler"]["scale"] < 2.0 ** 30           # halved at every overflow
-    assert next(iter(skipped["optimizer"]["state"].values()))["step"] < 12
+    assert skipped["scaler"]["scale"] < 2.0 ** 20               # halved at every overflow
+    assert 3 < next(iter(skipped["optimizer"]["state"].values()))["step"] < 10
     stop_at(3, monkeypatch, signal.SIGTERM)
     train_tst.main([*words, str(tmp_path / "again")])
     train_tst.main([*words, str(tmp_path / "again"), "--resume"])
@@ -245,8 +247,11 @@ def test_the_built_in_corpus_has_its_path_by_any_name(flags, tmp_path, monkeypat
 def test_a_full_disk_keeps_the_last_checkpoint(flags, tmp_path, capsys, monkeypatch):
     real = torch.save
 
-    def save(state, file):
-        real(state, open("/dev/full", "wb") if state["step"] > 4 else file)
+    def save(state, path):
+        if state["step"] > 4:
+            path.write_bytes(b"half")
+            raise RuntimeError("unexpected pos 64 vs 0")        # torch's words for a full disk
+        real(state, path)
 
     monkeypatch.setattr(torch, "save", save)
     with stopped(capsys, "ckpt.tmp cannot be written", "--resume"):
