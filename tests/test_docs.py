@@ -31,5 +31,4 @@ def test_links_lead_somewhere_and_flags_and_presets_are_there():
         for command in re.findall(r"python (?:[\w./]*/)?train_tst\.py([^\n`|#]*)", text):
             words = [word for word in command.split() if word not in ("--", "--help", "\\")]
             train_tst.parse(["--device", "cpu", *words])
-    for name in train_tst.PRESETS:
-        assert f"`{name}`" in GUIDE
+    assert all(f"`{name}`" in GUIDE for name in train_tst.PRESETS)

@@ -37,7 +37,6 @@ def flags(corpus):
 
 @pytest.fixture(scope="module")
 def on_cpu(flags, tmp_path_factory):
-    """Losses of the same run on the CPU."""
     out = tmp_path_factory.mktemp("on_cpu") / "run"
     train_tst.main([*flags, "--device", "cpu", "--out", str(out)])
     return losses(out)

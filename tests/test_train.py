@@ -57,7 +57,6 @@ def stop_at(step, monkeypatch, *signals):
 
 @pytest.fixture
 def run(flags, tmp_path):
-    """A whole run's folder."""
     train_tst.main([*flags, "--out", str(tmp_path / "run")])
     return tmp_path / "run"
 
@@ -106,7 +105,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(run, flags, tmp_path, step, numb
     with monkeypatch.context() as patch:
         stop_at(step, patch, number)
         train_tst.main([*flags, "--out", str(out)])
-    assert log(out)[-1]["step"] == step
+    assert log(out)[-1]["step"] == train_tst.load_checkpoint(out)["step"] == step
     with open(out / "metrics.jsonl", "ab") as file:
         file.write(b"\0" * 99 + b'"step": 4}\n')                # as a power cut may leave it
     train_tst.main([*flags, "--out", str(out), "--resume"])

@@ -11,7 +11,6 @@ from conftest import ROOT, VOCAB
 import data
 import train_tst
 from model import GPT, Config
-from train_tst import SHAPE
 
 NAMES = {"halves": ["--half", "output"], "input": [], "weighting": [], "shrinking": ["--s", "8"],
          "tables": [], "optimizer": [], "tied": []}             # "input" is the other of halves
@@ -37,7 +36,7 @@ def first_losses(flags, tmp_path_factory):
 def test_every_variation_trains_and_has_the_loss_that_only_it_gives(first_losses, flags, corpus):
     torch.manual_seed(0)
     args = train_tst.parse([*flags])
-    model = GPT(Config(**{name: getattr(args, name) for name in SHAPE}, vocab_size=VOCAB))
+    model = GPT(Config(**{name: getattr(args, name) for name in train_tst.SHAPE}, vocab_size=VOCAB))
     bags = data.Batches(data.load(corpus)[0], 12, 6, 3, 8, 16, 0).rows(0, 0, 8).view(8, 17, 3)
     tokens, inputs, targets = bags.flatten(1), bags[:, :-1], bags[:, 1:]
     with torch.no_grad():
