@@ -22,8 +22,8 @@ class Batches:
     """The rows of every batch: before step `switch` of bags of s tokens, then of single tokens.
 
     The stream is cut into blocks of l * s tokens, a row of bags or s rows of single tokens. They
-    are shuffled, and each phase gets a share of them by what it reads. Recovery reads row 0 of its
-    blocks, then row 1, and so on. With 15 tokens, l = 2, s = 3, one row a step, 1 + 3 steps:
+    are shuffled, and each phase gets a share, by the tokens that it reads. Recovery reads row 0 of
+    its blocks, then row 1, and so on. With 15 tokens, l = 2, s = 3, one row a step, 1 + 3 steps:
 
         blocks     0 1 2 3 4 5 | 6 7 8 9 10 11 | 12 13 14    the rest is for targets alone
         shuffled   the second, the first                     each phase gets one
@@ -52,7 +52,7 @@ class Batches:
             s, blocks, begun = 1, self.recovery, self.switch
         row = (step - begun) * self.batch_size + np.arange(first, first + count)    # of the phase
         block, part = blocks[row % len(blocks)], row // len(blocks) % (self.s // s)
-        starts = (block * self.s + part) * self.seq_len     # part: 0 of bags, 0 to s - 1 of tokens
+        starts = (block * self.s + part) * self.seq_len     # part: which of a block's s rows, or 0
         return self.tokens.rows(starts, (self.seq_len + 1) * s)
 
 

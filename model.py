@@ -77,7 +77,7 @@ class GPT(nn.Module):
         x = self.embed(bags)                                            # (B, l, d)
         for block in self.blocks:
             x = block(x, self.rope[:, :x.size(1)])
-        # Experts' balance losses, off their layers, where a tensor with a graph stops a `deepcopy`
+        # Take what MoE.forward left in self.balance: a tensor with a graph stops a `deepcopy`
         balances = [vars(block.mlp).pop("balance") for block in self.blocks if self.config.n_expert]
         if targets is None:
             return self.head(self.norm(x))

@@ -375,7 +375,7 @@ def find_device(name):
 
 @torch.no_grad()
 def evaluate(model, tokens, encoding, args, device, autocast):
-    """The loss of next tokens, on the same rows in every run: (nats, bits per byte or None)."""
+    """Next-token loss on evenly spaced rows, the same in every run: nats, bits per byte."""
     l, micro = min(args.seq_len, len(tokens) - 1), args.micro_batch_size
     n = max(1, (min(len(tokens), args.eval_tokens) - 1) // l)
     starts = [i * (len(tokens) - 1 - l) // max(1, n - 1) for i in range(n)]
@@ -384,7 +384,7 @@ def evaluate(model, tokens, encoding, args, device, autocast):
     totals = torch.zeros(2, dtype=torch.float64)                # nats, bytes
     for k in range(0, n, WORLD * micro):
         group = starts[k:k + WORLD * micro]
-        mine = group[RANK::WORLD] or group[:1]      # FSDP wants every rank; this is not counted
+        mine = group[RANK::WORLD] or group[:1]      # idle ranks join FSDP's calls, uncounted
         rows = tokens.rows(mine, l + 1)
         bags = rows.unsqueeze(2).to(device)                     # of one token: (rows, l + 1, 1)
         with autocast:
