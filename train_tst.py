@@ -228,7 +228,8 @@ def train(args):
         for part in (*model.blocks, model):                     # the rest is one part more
             fully_shard(part, mesh=mesh, mp_policy=policy)
     elif WORLD > 1:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        wrapped = torch.nn.parallel.DistributedDataParallel(    # RoPE's table is the same anyway
+            model, gradient_as_bucket_view=True, broadcast_buffers=False)
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},        # matrices decay,
               {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
@@ -353,9 +354,8 @@ def train(args):
     bar.close()
     if done < args.steps:
         return say(f"stopped after step {done:,}; the same command with --resume goes on")
-    folder = shlex.quote(args.out)
-    say(f"\n{out} is complete\npicture    python tools/plot.py {folder}\n"
-        f"sample     python tools/sample.py {folder}")
+    say(f"\n{out} is complete\npicture    python tools/plot.py {shlex.quote(args.out)}\n"
+        f"sample     python tools/sample.py {shlex.quote(args.out)}")
 
 
 def best_device():
