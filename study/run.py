@@ -43,9 +43,15 @@ LARGER = ("--model 270m --device cuda --data data/mixed-16384 --seq-len 512 --ba
           "--eval-every 4000")
 M13 = "--lr 0.002 --n-layer 6 --n-embd 256 --n-head 4 --n-kv-head 4 --n-hidden 704"
 M42 = "--lr 0.001 --n-layer 8 --n-embd 512 --n-head 8 --n-kv-head 8 --n-hidden 1408"
+# The setting of `confirm` (C, V = 4,096), chosen there, on a corpus that anybody can make, with
+# seeds that no other row has. Linux 6.1.176, from kernel.org or Debian's linux-source-6.1:
+#   python tools/corpus.py linux-6.1.176/{fs,kernel,mm,net,sound} --only "*.c" "*.h" \
+#       --tokenizer train --vocab-size 4096 --out data/c
+HOME = "--model tiny --device cpu --data data/c --steps 4800"
 EXPERIMENTS = {     # of the other rows in results.csv each has its command
     "first": runs("--model tiny --device cpu", range(5),
                   ("--s 1", "--s 4 --r 0.2", "--s 6 --r 0.3")),
+    "home": runs(HOME, range(18, 23)),
     "scale": runs(f"{LARGER} {M13}", range(2)) + runs(f"{LARGER} {M42}", [0]),
 }
 

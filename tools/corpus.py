@@ -265,13 +265,17 @@ def own_split(k, source):
     return "test" if k % HELD_OUT == 0 and k > 0 else "train"
 
 
-def find_files(paths, field):
-    """List the files, those of folders too, but hidden ones: [(path, TEXT or JSON)], shuffled."""
+def find_files(paths, field, only=("*",)):
+    """List the files, those of folders too, but hidden ones: [(path, TEXT or JSON)], shuffled.
+
+    Of a folder's files those are read whose name matches one of the patterns in only.
+    """
     kinds = {}
     for given in map(Path, paths):
         for path in sorted(given.rglob("*")) if given.is_dir() else [given]:
             hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
-            if path == given or path.is_file() and not hidden:
+            wanted = not hidden and any(path.match(pattern) for pattern in only)
+            if path == given or path.is_file() and wanted:
                 kinds[path] = kind_of(path, field)
     for kind in (TEXT, JSON, OTHER):
         found = [str(path) for path in kinds if kinds[path] == kind]
@@ -351,6 +355,8 @@ def main(argv=None):
          help="tiktoken's name of it, a tiktoken BPE file, or train, on the text (default: gpt2)")
     flag("--pattern", choices=PATTERNS, help="how text is split, for a tokenizer from a file")
     flag("--vocab-size", type=int, default=VOCAB_SIZE, help="for train (default: %(default)s)")
+    flag("--only", nargs="+", default=["*"], metavar="PATTERN",
+         help='names of the files that are read in folders, such as "*.c" "*.h" (default: all)')
     flag("--field", default="text", help="of JSON lines' objects (default: text)")
     args = parser.parse_args(argv)
     if not is_new(args.out):
@@ -358,7 +364,7 @@ def main(argv=None):
     if args.vocab_size < 257:
         fail(f"--vocab-size {args.vocab_size}: 256 bytes and end-of-text need 257")
     try:
-        files = find_files(args.paths, args.field)
+        files = find_files(args.paths, args.field, args.only)
         # Of a small text (as its first documents tell) none is above half of what may be held out
         documents = distinct(read_documents(files, args.field, DOCUMENT_CHARS))
         total = sum(len(text) for _, text in itertools.islice(documents, 10_000))
