@@ -1,4 +1,4 @@
-"""Batches, a pure function of (seed, step, row), from a folder of shards in llm.c's format."""
+"""Batches of token ids, cut from a folder of shards in the format of llm.c."""
 import base64
 import json
 import os
@@ -8,123 +8,133 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 from tqdm import tqdm
 
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50_257}
 HEADER_BYTES = 1024
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # (magic, version)
-REMEDY = "tools/fineweb.py downloads shards, tools/corpus.py makes them from text"
+GET_SHARDS = "tools/fineweb.py downloads shards, and tools/corpus.py makes shards from text."
+
+for stream in (sys.stdout, sys.stderr):     # a file name can have letters that a terminal lacks
+    if hasattr(stream, "reconfigure"):      # Jupyter's streams do not have this method
+        stream.reconfigure(errors="backslashreplace")
 
 
 class Batches:
-    """The rows of every batch: before step `switch` of bags of s tokens, then of single tokens.
+    """The rows of every batch, as a pure function of (seed, step, row).
 
-    The stream is cut into blocks of l * s tokens, a row of bags or s rows of single tokens. They
-    are shuffled, and each phase gets a share, by the tokens that it reads. Recovery reads row 0 of
-    its blocks, then row 1, and so on. With 15 tokens, l = 2, s = 3, one row a step, 1 + 3 steps:
+    The training tokens are cut into blocks of l * s tokens. A block is one row of l bags, or s rows
+    of l single tokens. The blocks are shuffled, and each phase gets a number of blocks in
+    proportion to the tokens that it reads. The recovery phase reads row 0 of all its blocks, then
+    row 1 of all its blocks, and so on. After its l inputs each row has one more bag or token, which
+    is the last target. Example: 15 tokens, l = 2, s = 3, one row per step, 1 + 3 steps.
 
-        blocks     0 1 2 3 4 5 | 6 7 8 9 10 11 | 12 13 14    the rest is for targets alone
-        shuffled   the second, the first                     each phase gets one
-        step 0     6 7 8  9 10 11  12 13 14                  s = 3: the last bag is only a target
-        steps 1-3  0 1 2,  2 3 4,  4 5 6                     s = 1: rows 0, 1, 2 of its block
+        blocks     0 1 2 3 4 5 | 6 7 8 9 10 11 | 12 13 14   block 0, block 1, three more targets
+        shuffled   block 1, block 0                         one block for each phase
+        step 0     6 7 8,  9 10 11,  12 13 14               block 1, as bags of three tokens
+        step 1     0, 1, 2                                  block 0, row 0, as single tokens
+        step 2     2, 3, 4                                  block 0, row 1
+        step 3     4, 5, 6                                  block 0, row 2
 
-    So in an epoch a token is an input once. `epochs`: how often the run reads its data.
+    So each token is an input at most once per epoch. `epochs` is how often the run reads its data.
     """
 
     def __init__(self, tokens, steps, switch, s, batch_size, seq_len, seed):
         self.tokens, self.batch_size, self.seq_len = tokens, batch_size, seq_len
-        self.switch, self.s = switch, s if switch else 1
+        self.switch, self.s = switch, s if switch else 1    # switch: the first step of recovery
         n_blocks = max(0, len(tokens) - self.s) // (seq_len * self.s)
-        order = np.random.default_rng(seed).permutation(n_blocks)
-        cut = round(n_blocks * switch * self.s / (switch * self.s + steps - switch))
-        self.superposition, self.recovery = order[:cut], order[cut:]    # the blocks of each
-        phases = (switch, cut), (steps - switch, (n_blocks - cut) * self.s)     # steps, rows
-        if any(rows < batch_size for steps, rows in phases if steps):
-            fail(f"{len(tokens)} training tokens are too few: lower --batch-size, --seq-len or --s")
-        self.epochs = max(steps * batch_size / rows for steps, rows in phases if steps)
+        blocks = np.random.default_rng(seed).permutation(n_blocks)
+        n_superposition = round(n_blocks * switch * self.s / (switch * self.s + steps - switch))
+        self.superposition, self.recovery = blocks[:n_superposition], blocks[n_superposition:]
+        phases = (switch, len(self.superposition)), (steps - switch, len(self.recovery) * self.s)
+        if any(n_steps > 0 and n_rows < batch_size for n_steps, n_rows in phases):
+            fail(f"{len(tokens):,} training tokens are too few for one batch in each phase. Lower "
+                 "--batch-size, --seq-len or --s, or add data.")
+        self.epochs = max(n_steps * batch_size / max(1, n_rows) for n_steps, n_rows in phases)
 
     def rows(self, step, first, count):
-        """Rows first .. first + count - 1 of the batch of a step: (count, (l + 1) * s) int64."""
-        s, blocks, begun = self.s, self.superposition, 0
-        if step >= self.switch:
-            s, blocks, begun = 1, self.recovery, self.switch
-        row = (step - begun) * self.batch_size + np.arange(first, first + count)    # of the phase
-        block, part = blocks[row % len(blocks)], row // len(blocks) % (self.s // s)
-        starts = (block * self.s + part) * self.seq_len     # part: which of a block's s rows, or 0
+        """Rows first to first + count - 1 of the batch of a step: (count, (l + 1) * s) int64."""
+        if step < self.switch:
+            s, blocks, rows_per_block, phase_start = self.s, self.superposition, 1, 0
+        else:
+            s, blocks, rows_per_block, phase_start = 1, self.recovery, self.s, self.switch
+        row = (step - phase_start) * self.batch_size + np.arange(first, first + count)
+        block = blocks[row % len(blocks)]                   # `row` counts the rows of the phase
+        row_in_block = row // len(blocks) % rows_per_block
+        starts = (block * self.s + row_in_block) * self.seq_len
         return self.tokens.rows(starts, (self.seq_len + 1) * s)
 
 
 class Stream:
-    """The tokens of one split: its shards, in order, as one long sequence on disk."""
+    """The tokens of one split: its shards, in the order of their names, as one long sequence."""
 
     def __init__(self, files, vocab_size):
         self.files, self.vocab_size = files, vocab_size
         self.shards = [read_shard(file) for file in files]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.bounds = np.cumsum([0, *map(len, self.shards)])    # shard k: bounds[k] to [k + 1]
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.bounds[-1])
 
-    def read(self, start, n):
-        """The n tokens from position start on: (n,) int64."""
-        parts, k = [], int(np.searchsorted(self.ends, start, side="right"))
-        while n > 0:                    # a row may begin in one shard and end in the next
-            begin = start - int(self.ends[k]) + len(self.shards[k])
-            part = self.shards[k][begin:begin + n]
-            if part.max() >= self.vocab_size:
-                fail(f"{self.files[k]}: token id {part.max()} is beyond the vocabulary of "
-                     f"{self.vocab_size}; are these shards of another tokenizer?", anywhere=True)
-            parts.append(part)
-            start, n, k = start + len(part), n - len(part), k + 1
-        return np.concatenate(parts).astype(np.int64)
-
-    def rows(self, starts, n):                              # -> (len(starts), n) int64
-        return torch.from_numpy(np.stack([self.read(int(start), n) for start in starts]))
+    def rows(self, starts, n):
+        """The n tokens from each of the starts on: (len(starts), n) int64."""
+        rows = np.empty((len(starts), n), np.int64)
+        for row, start in zip(rows, starts):                # a row can lie in several shards
+            first = np.searchsorted(self.bounds, start, side="right") - 1
+            after = np.searchsorted(self.bounds, start + n)
+            row[:] = np.concatenate([self.shards[k][max(0, start - self.bounds[k]):
+                                                    start + n - self.bounds[k]]
+                                     for k in range(first, after)])
+        if rows.max() >= self.vocab_size:
+            fail(f"{self.files[0].parent} has the token id {rows.max()}, but a vocabulary of "
+                 f"{self.vocab_size}. Use shards of one tokenizer.", every_process=True)
+        return torch.from_numpy(rows)
 
 
 def read_shard(path):
-    """Map an llm.c shard on disk: 256 int32 (magic, version, count, zeros), then count tokens."""
+    """Map a shard from disk: a header of 256 int32 (magic, version, count, zeros), then tokens."""
     size = path.stat().st_size
     magic, version, count = np.fromfile(path, "<i4", 3).tolist() if size > HEADER_BYTES else 3 * [0]
     dtype = FORMATS.get((magic, version))
     if dtype is None or size != HEADER_BYTES + count * dtype.itemsize:
-        fail(f"{path}: not in llm.c's format, or cut off; make it again: {REMEDY}")
-    return np.asarray(np.memmap(path, dtype, "r", HEADER_BYTES, (count,)))      # slices faster
+        fail(f"{path} is truncated, or is not in llm.c's format. Replace the shard. {GET_SHARDS}")
+    return np.asarray(np.memmap(path, dtype, "r", HEADER_BYTES, (count,)))
 
 
 def load(folder):
-    """A folder of shards -> (train Stream, val Stream, meta dict, tiktoken.Encoding or None)."""
-    path, streams = Path(folder, "meta.json"), []
+    """Open a folder of shards -> (train Stream, val Stream, meta dict, token_bytes).
+
+    meta["shards"] identifies the shards by their names, sizes and first tokens. token_bytes
+    (vocab_size,) has the size of each token, or 0 if there is no tokenizer (encoding.json).
+    """
+    streams, names, heads, path = [], [], [], Path(folder, "meta.json")
     try:
-        meta = json.loads(path.read_text()) if path.exists() else dict(GPT2)    # as of llm.c
-        vocab_size, _ = int(meta["vocab_size"]), meta["tokenizer"]
-    except (ValueError, LookupError, TypeError):
-        fail(f"{path}: not JSON with tokenizer and vocab_size, such as {json.dumps(GPT2)}")
-    for split in ("train", "val"):      # as a word of the name: "val" is none in "retrieval"
+        meta = json.loads(path.read_text()) if path.exists() else dict(GPT2)    # as in llm.c
+        token_bytes, _ = torch.zeros(int(meta["vocab_size"])), meta["tokenizer"]
+        for path in Path(folder).glob("encoding.json"):
+            for token, i in json.loads(path.read_text())["mergeable_ranks"].items():
+                token_bytes[i] = len(base64.b64decode(token))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        fail(f"{path} is damaged. Restore the file. An example of meta.json is {json.dumps(GPT2)}")
+    for split in ("train", "val"):      # whole words of a name: "retrieval" does not count as "val"
         files = [file for file in sorted(Path(folder).glob("*.bin"))
-                 if split in re.split("[^a-z]+", file.name.lower())]
-        if not files:
-            fail(f"--data {folder}: no *_{split}_*.bin there; {REMEDY}")
-        streams.append(Stream(files, vocab_size))
-    if "hash" not in meta:              # of sizes and beginnings, for shards can be tens of GB
-        heads = [b"%d" % len(shard) + shard[:4096].tobytes() for s in streams for shard in s.shards]
-        meta["hash"] = sha256(b"".join(heads)).hexdigest()
-    return *streams, meta, load_encoding(folder)
+                 if split in re.split("[^a-z]+", file.name.lower()) and file.name[0] != "."]
+        streams.append(Stream(files, len(token_bytes)))
+        if len(streams[-1]) < 2:
+            fail(f"--data {folder} needs a *_{split}_*.bin with two tokens or more. {GET_SHARDS}")
+        for file, shard in zip(files, streams[-1].shards):
+            head = b"%d" % len(shard) + shard[:4096].tobytes()
+            if head in heads:
+                fail(f"{file} is a copy of {names[heads.index(head)]}. Delete one of the two.")
+            names, heads = [*names, file.name], [*heads, head]
+    meta.setdefault("hash", sha256(b"".join(heads)).hexdigest())
+    meta["shards"] = sha256(b"".join([*heads, *map(os.fsencode, names)])).hexdigest()
+    return *streams, meta, token_bytes
 
 
-def load_encoding(folder):
-    """The tiktoken.Encoding stored in a folder, or None: training needs none, and no network."""
-    if Path(folder, "encoding.json").exists():
-        stored = json.loads(Path(folder, "encoding.json").read_text())
-        ranks = {base64.b64decode(token): id for token, id in stored["mergeable_ranks"].items()}
-        return tiktoken.Encoding(stored["name"], pat_str=stored["pat_str"], mergeable_ranks=ranks,
-                                 special_tokens=stored["special_tokens"])
-
-
-def fail(message, status=2, anywhere=False):
-    """One line on standard error, by a machine's first process or from anywhere, and SystemExit."""
-    if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+def fail(message, status=2, every_process=False):
+    """Print one line on standard error (once per machine, or from every process), and exit."""
+    if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(status)

@@ -1,8 +1,9 @@
 """A Llama-style GPT that reads and predicts bags of tokens.
 
-Token superposition is the first two functions. With bags of one token the rest is an ordinary
-GPT: RMSNorm, RoPE, grouped-query attention (GQA), SwiGLU or experts, no biases, untied tables.
-In shapes: B rows, l positions, s tokens in a bag, V token ids, width d.
+The first two functions are token superposition. The rest is an ordinary GPT with RMSNorm, RoPE,
+grouped-query attention (GQA), SwiGLU or a mixture of experts, no biases, and separate tables for
+the embedding and the head. In shapes, B is the number of rows, l of positions in a row, s of tokens
+in a bag, V of token ids, and d is the width of the residual stream.
 """
 from dataclasses import dataclass
 
@@ -12,19 +13,19 @@ from torch import nn
 
 
 def bag_average(table, bags):
-    """Input: a bag becomes one s-token, the mean of its tokens' embeddings (paper, section 3).
+    """Input: each bag becomes one s-token, the mean of its tokens' embeddings (paper, section 3).
 
-    table (V, d) float; bags (B, l, s) integer -> (B, l, d) in the table's dtype, averaged in
-    float32 or better. At s = 1 it is the plain embedding, bit for bit.
+    table (V, d) float, bags (B, l, s) integer -> (B, l, d) in the dtype of the table. The mean is
+    taken in float32 or better. With s = 1 it equals the plain embedding bit for bit.
     """
     return at_least_float32(F.embedding(bags, table)).mean(2).to(table.dtype)
 
 
 def multi_hot_cross_entropy(logits, targets):
-    """Loss: the mean cross-entropy against every token of the next bag (paper: MCE).
+    """Loss: the mean of the cross-entropies of all tokens of the next bag (MCE in the paper).
 
-    logits (B, l, V) float; targets (B, l, s) integer -> scalar in nats, float32 or better. A token
-    that occurs twice in its bag counts twice. At s = 1 it is the ordinary cross-entropy.
+    logits (B, l, V) float, targets (B, l, s) integer -> scalar in nats, in float32 or better. A
+    token that occurs twice in a bag counts twice. With s = 1 it is the ordinary cross-entropy.
     """
     return -at_least_float32(logits).log_softmax(-1).gather(-1, targets).mean()
 
@@ -37,59 +38,59 @@ def at_least_float32(x):
 class Config:
     n_layer: int
     n_embd: int                         # d, the width of the residual stream
-    n_head: int
-    n_kv_head: int                      # key-value heads; one serves n_head / n_kv_head heads
-    n_hidden: int                       # width of the SwiGLU, or of each expert
-    n_expert: int = 0                   # experts of a layer; 0: one SwiGLU for all tokens
-    n_active: int = 2                   # experts that a token uses, where there are any
-    head_dim: int = 0                   # width of a head; 0: n_embd / n_head
-    qk_norm: bool = False               # RMSNorm of each head's queries and keys, as in Qwen3
-    rope_theta: float = 500_000.0
-    init_std: float = 0.02              # of the blocks' initial weights
-    seq_len: int = 1024                 # l, the positions that the blocks see
-    vocab_size: int = 50_257            # tokens that exist; V is the next multiple of 64
+    n_head: int                         # query heads
+    n_kv_head: int                      # key-value heads; n_head / n_kv_head query heads share each
+    n_hidden: int                       # hidden width of the SwiGLU, or of each expert
+    n_expert: int = 0                   # experts per layer; 0 means one SwiGLU for all tokens
+    n_active: int = 2                   # experts that each token uses
+    head_dim: int = 0                   # width of a head; 0 means n_embd / n_head
+    qk_norm: bool = False               # RMSNorm of the queries and keys of each head, as in Qwen3
+    rope_theta: float = 500_000.0       # base of the RoPE frequencies
+    init_std: float = 0.02              # standard deviation of the initial weights of the blocks
+    seq_len: int = 1024                 # l, the number of positions: of bags, then of single tokens
+    vocab_size: int = 50_257            # the tokens that exist; V is the next multiple of 64
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        padded = -(-config.vocab_size // 64) * 64               # V, as tensor cores like it
+        padded = -(-config.vocab_size // 64) * 64               # V; tensor cores prefer such sizes
         self.embedding = nn.Embedding(padded, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, padded, bias=False)
-        # RoPE's angles, in Hugging Face's order of operations: rounding grows with the position
+        # The order of operations is Hugging Face's, because rounding errors grow with the position
         columns = torch.arange(0, self.blocks[0].head_dim, 2, dtype=torch.float32)
         frequency = 1 / config.rope_theta ** (columns / self.blocks[0].head_dim)
         angle = torch.outer(torch.arange(config.seq_len, dtype=torch.float32), frequency)
         rope = torch.stack((angle.cos().repeat(1, 2), torch.cat((-angle, angle), 1).sin()))
-        self.register_buffer("rope", rope, persistent=False)            # (2, l, head_dim)
+        self.register_buffer("rope", rope, persistent=False)    # (2, l, head_dim), see `rotate`
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 std = config.init_std if name.startswith("blocks") else 0.02
                 if name.endswith(("out.weight", "down.weight", "down")):
-                    std /= (2 * config.n_layer) ** 0.5      # as many add up in the residual stream
+                    std /= (2 * config.n_layer) ** 0.5      # the residual stream sums their outputs
                 nn.init.normal_(p, std=std)
 
     def forward(self, bags, targets=None):
-        """bags (B, l, s) integer -> logits (B, l, V); with targets (B, l, s) the loss, a scalar."""
+        """bags (B, l, s) integer -> logits (B, l, V), or, with targets (B, l, s), the loss."""
         x = self.embed(bags)                                            # (B, l, d)
         for block in self.blocks:
             x = block(x, self.rope[:, :x.size(1)])
-        # Take what MoE.forward left in self.balance: a tensor with a graph stops a `deepcopy`
+        # Remove the balance losses from the modules, because `deepcopy` fails on their graphs
         balances = [vars(block.mlp).pop("balance") for block in self.blocks if self.config.n_expert]
         if targets is None:
             return self.head(self.norm(x))
         loss = self.loss(x, targets)
-        if balances:                    # a loss that keeps all experts in use, weighted as Qwen3's
+        if balances:                    # keeps all experts in use; the weight is Qwen3's
             balance = 1e-3 * self.config.n_active * torch.stack(balances).mean()
-            loss = loss + (balance - balance.detach())      # its gradient; the value stays as it is
+            loss = loss + (balance - balance.detach())      # adds its gradient, but not its value
         return loss
 
     def embed(self, bags):
         x = bag_average(self.embedding.weight, bags)
-        if torch.is_autocast_enabled(x.device.type):    # the residual stream too: half the bytes
+        if torch.is_autocast_enabled(x.device.type):    # a 16-bit residual stream halves the memory
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
@@ -97,12 +98,12 @@ class GPT(nn.Module):
         return multi_hot_cross_entropy(self.head(self.norm(x)), targets)
 
     def flops_per_position(self):
-        """Model FLOPs of a training step per position, forward and backward, whatever s is."""
-        c, columns = self.config, self.blocks[0].out.in_features
+        """Model FLOPs of forward and backward per position. They do not depend on s."""
+        c, attention_width = self.config, self.blocks[0].out.in_features
         weights = sum(p.numel() * c.n_active // c.n_expert if p.ndim == 3 else p.numel()
-                      for p in self.parameters() if p.ndim > 1)         # 3: an expert's
-        weights -= self.embedding.weight.numel()                        # it is looked up
-        return 6 * weights + 12 * c.n_layer * columns * c.seq_len       # the latter: attention's
+                      for p in self.parameters() if p.ndim > 1)     # with 3 axes: the experts
+        weights -= self.embedding.weight.numel()        # an embedding lookup is no matrix product
+        return 6 * weights + 12 * c.n_layer * attention_width * c.seq_len   # matrices, attention
 
 
 class Block(nn.Module):
@@ -125,10 +126,11 @@ class Block(nn.Module):
     def attention(self, x, rope):
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split(self.heads, dim=1)            # (B, n_head or n_kv_head, l, head_dim)
-        q = rotate(self.q_norm(q), rope).type_as(v)         # autocast leaves a norm in float32
+        q = rotate(self.q_norm(q), rope).type_as(v)         # under autocast a norm returns float32
         k = rotate(self.k_norm(k), rope).type_as(v)
         if q.is_cuda and q.dtype != torch.bfloat16:
-            # Not every fused kernel knows GQA there, and the unfused one keeps (l, l) matrices
+            # Some fused CUDA kernels support GQA only in bfloat16. Without a fused kernel, PyTorch
+            # would store an (l, l) matrix for each head
             repeats = q.size(1) // k.size(1)
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
@@ -148,17 +150,22 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x):               # the fused kernel wants x and the gains in one dtype
+    def forward(self, x):               # the fused kernel needs x and the gains in the same dtype
         return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, eps=1e-5)
 
 
 def rotate(x, rope):
-    """RoPE (arXiv 2104.09864) of the pairs (i, i + head_dim / 2) in x (B, heads, l, head_dim)."""
+    """Apply RoPE (arXiv 2104.09864) to x (B, heads, l, head_dim), with h = head_dim / 2.
+
+    Each pair (x[i], x[i + h]) is rotated by an angle a to the pair
+    (x[i] cos a - x[i + h] sin a, x[i + h] cos a + x[i] sin a). `roll` swaps the halves of x.
+    rope[0] is cos a. rope[1] is -sin a in the first half and sin a in the second half.
+    """
     return (x * rope[0] + x.roll(x.size(-1) // 2, -1) * rope[1]).type_as(x)
 
 
 class MoE(nn.Module):
-    """A mixture of experts (arXiv 1701.06538): a token's k likeliest SwiGLUs, by their weights."""
+    """A mixture of experts (arXiv 1701.06538): the router picks and weights k SwiGLUs per token."""
 
     def __init__(self, config):
         super().__init__()
@@ -166,7 +173,8 @@ class MoE(nn.Module):
         self.router = nn.Linear(d, n, bias=False)
         self.gate_up = nn.Parameter(torch.empty(n, 2 * h, d))
         self.down = nn.Parameter(torch.empty(n, d, h))
-        # PyTorch 2.10's grouped product wants rows of 16 bytes; on Blackwell it is wrong (#172439)
+        # grouped_mm (PyTorch 2.10) needs rows of a multiple of 16 bytes. On Blackwell its gradient
+        # is wrong for an expert without tokens (PyTorch issue 172439)
         blackwell = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
         self.grouped = hasattr(F, "grouped_mm") and d % 8 == h % 8 == 0 and not blackwell
 
@@ -176,25 +184,26 @@ class MoE(nn.Module):
         p = at_least_float32(logits).softmax(1)
         weight, expert = p.topk(self.n_active)                          # (N, k)
         weight = weight / weight.sum(1, keepdim=True)
-        # Sorted by expert, the rows of one are neighbours, and its product computes these alone
+        # Sort the tokens by expert, so that the rows of each expert are contiguous
         expert, order = expert.flatten().sort(stable=True)              # (N k)
         token, counts = order // self.n_active, F.one_hot(expert, p.size(1)).sum(0)     # (E,)
-        low = logits.dtype              # bfloat16 under autocast, which overlooks what follows
-        products = grouped_products if self.grouped and low == torch.bfloat16 else loop_of_products
-        gate, up = products(tokens.to(low)[token], self.gate_up.to(low), counts).chunk(2, 1)
-        y = products(F.silu(gate) * up, self.down.to(low), counts)      # (N k, d)
+        dtype = logits.dtype            # 16 bits under autocast, which does not cast the products
+        grouped = self.grouped and dtype == torch.bfloat16
+        products = grouped_products if grouped else loop_of_products
+        gate, up = products(tokens.to(dtype)[token], self.gate_up.to(dtype), counts).chunk(2, 1)
+        y = products(F.silu(gate) * up, self.down.to(dtype), counts)    # (N k, d)
         y = y * weight.flatten()[order].unsqueeze(1)                    # in float32
         y = torch.zeros_like(tokens, dtype=y.dtype).index_add(0, token, y)
-        # 1 where all experts are used alike, and E / k at worst (arXiv 2101.03961)
+        # 1 if all experts are used equally, E / k in the worst case (arXiv 2101.03961)
         self.balance = p.size(1) * (counts / len(order) * p.mean(0)).sum()
-        return y.to(low).view_as(x)
+        return y.to(dtype).view_as(x)
 
 
 def grouped_products(x, weights, counts):               # (n, in), (E, out, in), (E,) -> (n, out)
     return F.grouped_mm(x, weights.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
 
 
-@torch.compiler.disable                 # which would compile again for every other count
+@torch.compiler.disable                 # torch.compile would recompile whenever a count changes
 def loop_of_products(x, weights, counts):
-    rows = x.split(counts.tolist())     # here a GPU waits for the counts, above it does not
-    return torch.cat([F.linear(part, weight) for part, weight in zip(rows, weights)])
+    rows = x.split(counts.tolist())     # a GPU waits here for the counts; grouped_mm does not wait
+    return torch.cat([F.linear(expert_rows, w) for expert_rows, w in zip(rows, weights)])

@@ -1,22 +1,23 @@
 """Pre-train a language model with Token-Superposition Training (TST, arXiv 2605.06546).
 
-For the first r of the steps the model reads bags of s tokens (the mean of their embeddings) and
-predicts the next bag (multi-hot cross-entropy): the superposition phase. Then it trains on
-ordinary next tokens: the recovery phase. Same model, same optimizer, same FLOPs per step; only
-the shape of a batch changes.
+For the first r of the steps (the superposition phase) the model reads bags of s tokens, as the mean
+of their embeddings, and predicts the next bag by multi-hot cross-entropy. Then (in the recovery
+phase) it trains on ordinary next tokens. Only the shape of a batch changes at the switch.
 
     python train_tst.py --s 6 --r 0.3                       # TST
-    python train_tst.py --s 1                               # the baseline, by the same code path
-    torchrun --nproc_per_node=8 -- train_tst.py --s 6       # eight GPUs
-    python train_tst.py --s 1 --resume                      # go on where that run stopped
+    python train_tst.py --s 1                               # the baseline, by the same code
+    python train_tst.py --s 1 --resume                      # continue the baseline after a stop
+    torchrun --nproc_per_node=8 -- train_tst.py --s 6       # TST on eight GPUs
 """
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import shlex
 import signal
+import threading
 import time
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -32,7 +33,7 @@ import data
 from data import fail
 from model import GPT, Config
 
-# The presets: a model's shape and how it trains. Flags of the same names override them
+# A preset is the shape of a model and its training. A flag of the same name overrides a value
 TINY = dict(n_layer=3, n_embd=96, n_head=4, n_kv_head=4, n_hidden=192, seq_len=96, init_std=0.05,
     rope_theta=10_000.0, data="data/python", s=4, r=0.2, steps=2400, batch_size=32, lr=3e-3,
     warmup_steps=200, decay_frac=0.4, micro_batch_size=64, eval_tokens=200_000)
@@ -52,378 +53,440 @@ PRESETS = {
         head_dim=128, n_expert=128, n_active=8, qk_norm=True, rope_theta=50_000.0, seq_len=4096,
         s=16, r=0.25, steps=49_983, batch_size=2048, lr=3e-4, micro_batch_size=1)}
 BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "4090": 165e12, "T4": 65e12}      # dense, 16 bits, as their makers state them
-MAY_CHANGE = ("resume", "out", "data", "device", "dtype", "compile", "fsdp", "micro_batch_size",
-              "eval_every", "save_every")       # when a run goes on
 SHAPE = {field.name: field.default for field in fields(Config) if field.name != "vocab_size"}
-WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
+MAY_DIFFER = ("resume", "out", "data", "device", "dtype", "compile", "fsdp", "micro_batch_size",
+              "eval_every", "save_every")               # from the earlier flags, with --resume
+FULL_STATE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-RANK = int(os.environ.get("RANK", 0))           # torchrun sets these
+RANK = int(os.environ.get("RANK", 0))                   # torchrun sets these three variables
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))            # the number of processes
 
 
-def parse(argv=None):
-    """The flags with every default filled in. SystemExit(2) on bad input, with one line."""
-    def within(low, high, kind):
-        def number(text):
-            if not low <= kind(text) <= high:
-                raise argparse.ArgumentTypeError(f"{text}: give a number from {low} to {high:g}")
-            return kind(text)
-        return number
-
-    count, natural = within(1, 1e12, int), within(0, 1e12, int)
-    real, fraction = within(0, 1e12, float), within(0, 1, float)
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False, add_help=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = fail                 # one line, without the usage
-    flag, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    # These two are parsed first, since the others' defaults follow from them
-    flag("--device", default=best_device(), help="cuda, cuda:1, mps or cpu")
-    flag("--model", choices=PRESETS, help="a preset; small where CUDA and data/fineweb are")
-    known = parser.parse_known_args(argv)[0]
-    cuda = known.device.startswith("cuda")
-    model = known.model or ("small" if cuda and Path("data/fineweb").exists() else "tiny")
-    bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = "bfloat16" if bfloat16 else "float16" if cuda else "float32"
-    flag("--s", type=count, help="tokens in a bag of the superposition phase; 1 is the baseline")
-    flag("--r", type=fraction, help="fraction of the steps in the superposition phase")
-    flag("--data", help="folder of token shards; data/python is the built-in corpus")
-    flag("--steps", type=count, help="optimizer steps, both phases together")
-    flag("--batch-size", type=count, help="rows of a step, all processes together")
-    flag("--micro-batch-size", type=count, help="rows that a process computes at a time, at most")
-    flag("--lr", type=real, help="peak learning rate; from 270m on not tuned here")
-    flag("--warmup-steps", type=natural, help="of linear warmup; if not given at most steps / 10")
-    flag("--decay-frac", type=fraction, help="last fraction of the steps, with linear decay to 0")
-    flag("--eval-every", type=count, default=500, help="steps between evaluations, which also save")
-    flag("--save-every", type=count, default=500, help="steps between checkpoints")
-    flag("--seed", type=natural, default=0, help="of initial weights and data order")
-    flag("--out", help="the run's folder; if None runs/MODEL-sS-rR-seedSEED")
-    flag("--resume", action="store_true", help="go on with the run in --out, or start it")
-    flag("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype, help="of products")
-    flag("--compile", action=on_off, default=cuda, help="torch.compile")
-    flag("--fsdp", action=on_off, default=False, help="shard the model over the processes")
-    flag("--n-layer", type=count, help="blocks")
-    flag("--n-embd", type=count, help="width of the residual stream")
-    flag("--n-head", type=count, help="attention heads")
-    flag("--n-kv-head", type=count, help="key-value heads")
-    flag("--n-hidden", type=count, help="width of the SwiGLU, or of each expert")
-    flag("--n-expert", type=natural, help="experts of a layer; 0: one SwiGLU for all tokens")
-    flag("--n-active", type=count, help="experts that a token uses")
-    flag("--head-dim", type=natural, help="width of a head; 0: n_embd / n_head")
-    flag("--qk-norm", action=on_off, help="RMSNorm of each head's queries and keys")
-    flag("--rope-theta", type=real, help="base of RoPE's frequencies")
-    flag("--init-std", type=real, help="of the blocks' initial weights")
-    flag("--seq-len", type=count, help="l, the positions that the blocks see")
-    flag("--help", action="help", help="show this")
-    parser.set_defaults(**{**SHAPE, **PRESETS[model], "model": model, "warmup_steps": None})
-    args = parser.parse_args(argv)
-
-    if args.warmup_steps is None:
-        args.warmup_steps = min(PRESETS[model]["warmup_steps"], args.steps // 10)
-    args.r = args.r if args.s > 1 else 0.0
-    args.out = args.out or f"runs/{args.model}-s{args.s}-r{args.r:g}-seed{args.seed}"
-    if args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size} does not divide by the {WORLD} processes")
-    if args.n_head % args.n_kv_head or (args.head_dim or args.n_embd / args.n_head) % 2:
-        fail(f"--n-head {args.n_head}: --n-kv-head must divide it, and its width must be even")
-    if args.n_expert and not 1 < args.n_active <= args.n_expert:    # one alone teaches no router
-        fail(f"--n-active {args.n_active}: give a number from 2 to --n-expert {args.n_expert}")
-    share = args.batch_size // WORLD    # rows of a step for each process, in equal micro-batches
-    most = min(share, args.micro_batch_size)
-    args.micro_batch_size = next(n for n in range(most, 0, -1) if share % n == 0)
-    return args
-
-
-def main(argv=None):
-    """Train as the flags in argv say (default: the command line). SystemExit(2) on bad input."""
-    args = parse(argv)
-    try:
-        train(args)
-    except OSError as error:
-        fail(f"{error.filename or args.out}: {error.strerror or error}; mend that, then the same "
-             "command with --resume goes on", anywhere=True)
-    except RuntimeError as error:       # CUDA has a class of its own for this, Apple's has not
-        if "out of memory" not in str(error):
-            raise
-        fail(f"--micro-batch-size {args.micro_batch_size} does not fit on the device: halve it, or "
-             "at 1 take --fsdp or a lower --seq-len", anywhere=True)
-    if dist.is_initialized():           # not in a `finally`, where it waits for ranks that ended,
-        dist.destroy_process_group()    # nor in `train`, where DDP is still there and may hang
-
-
-def train(args):
-    """The run that args, from `parse(argv)`, describe."""
-    say = tqdm.write if RANK == 0 else lambda line: None
-
-    # Device and processes
-    one_each = args.device == "cuda" or WORLD > 1 and args.device.startswith("cuda")
-    device = find_device(f"cuda:{LOCAL_RANK}" if one_each else args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")              # TF32 for float32 products
-    if WORLD > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))    # saving 3B takes minutes
-        torch._dynamo.config.optimize_ddp = False   # it would cut graphs, and ours are small
-    low = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    autocast = torch.autocast(device.type, low, enabled=low is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")     # else no-ops
-
-    # The run's folder: new, or with a checkpoint to go on from
-    out, start, checkpoint = Path(args.out), 0, None
-    if args.resume and (out / "ckpt.pt").exists():
-        checkpoint = load_checkpoint(out)
-        start = checkpoint["step"]
-        for name, value in vars(args).items():
-            if name not in MAY_CHANGE and value != checkpoint["args"].get(name):
-                fail(f"--{name.replace('_', '-')} {value} contradicts the run in {out}, which has "
-                     f"{checkpoint['args'].get(name)}: give its flags, or another --out")
-    elif not args.resume and (out / "ckpt.pt").exists():
-        fail(f"--out {out} holds a run: add --resume to go on with it, or name another --out")
-    if WORLD > 1:
-        starts = [start] * WORLD
-        dist.all_gather_object(starts, start)
-        if len(set(starts)) > 1:        # each has a disk of its own
-            fail(f"--out {out} is at other steps for other processes, {starts}: share a disk")
-    if start >= args.steps:
-        return say(f"{out} is complete, all {args.steps:,} steps: nothing to do")
+def train(args, run):
+    """Train the model that args describe, with its log and its checkpoints in the folder of run."""
+    device = set_up_device(args)                        # with torchrun: joins the other processes
+    checkpoint = run.find_checkpoint()                  # None if the run starts at step 0
+    if run.first_step == args.steps:
+        return report(f"{args.out} is complete. All of its {args.steps:,} steps are done.")
 
     # Data
-    if Path(args.data) == Path("data/python") and LOCAL_RANK == 0:
-        from tools.corpus import build_python_corpus            # the one thing used of tools/
-        build_python_corpus()
-    if WORLD > 1:
-        dist.barrier()
-    train_tokens, val_tokens, meta, encoding = data.load(args.data)
-    if checkpoint and checkpoint["data"]["hash"] != meta["hash"]:
-        fail(f"--data {args.data} is not what the run in {out} read: restore it, or another --out")
-    l, switch = args.seq_len, round(args.r * args.steps)        # the first step of recovery
-    warmup, decay = max(1, args.warmup_steps), max(1, round(args.decay_frac * args.steps))
+    train_tokens, val_tokens, meta, token_bytes = load_data(args, checkpoint)
+    l, switch = args.seq_len, round(args.r * args.steps)        # switch: the first recovery step
     batches = data.Batches(train_tokens, args.steps, switch, args.s, args.batch_size, l, args.seed)
 
-    # Model
+    # Model and optimizer
     torch.manual_seed(args.seed)
     shape = {name: getattr(args, name) for name in SHAPE}
     with device:
         model = GPT(Config(**shape, vocab_size=train_tokens.vocab_size))
     if args.compile:
-        try:
-            torch.compile(lambda x: (x * 2).sum())(torch.ones(8, device=device))    # a trial
-            # In parts: one graph serves all blocks in both phases, and only the two small parts
-            # that see s get another at the switch. In place, so that parameters keep their names
-            for block in model.blocks:
-                block.compile(dynamic=False)
-            model.embed = torch.compile(model.embed, dynamic=False)
-            model.loss = torch.compile(model.loss, dynamic=False)
-        except Exception as error:      # no compiler, header or driver: each raises its own kind
-            args.compile = False
-            say(f"torch.compile does not work here, so this run is eager ({error!r:.200})")
-    wrapped, sharded = model, args.fsdp and WORLD > 1
-    if sharded:
-        policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
-        mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
-        for part in (*model.blocks, model):                     # the rest is one part more
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-    elif WORLD > 1:
-        wrapped = torch.nn.parallel.DistributedDataParallel(    # RoPE's table is the same anyway
-            model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},        # matrices decay,
+        compile_parts(model, args)
+    wrapped = distribute(model, args, device)           # DDP, FSDP, or the model itself
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
               {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    autocast = torch.autocast(device.type, getattr(torch, args.dtype), args.dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     if checkpoint:
-        state_dicts.set_state_dict(model, optimizer, options=WHOLE,
+        state_dicts.set_state_dict(model, optimizer, options=FULL_STATE,
                                    model_state_dict=checkpoint["model"],
                                    optim_state_dict=checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint.get("scaler") or scaler.state_dict())
+    describe(args, run, model, device, len(train_tokens), switch, batches.epochs)
+    run.open(meta)                                      # from here on the run writes to its folder
 
-    # What is about to run
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    positions = args.batch_size * l                             # of a step, whatever s is
-    reads = positions * (switch * args.s + args.steps - switch)
-    say(f"model   {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
-        f"device  {WORLD} x {gpu}, {args.dtype}, {'compiled' if args.compile else 'eager'}\n"
-        f"data    {args.data}: {len(train_tokens):,} training tokens, of which it reads {reads:,}\n"
-        f"phases  {switch:,} steps on bags of {args.s}, then {args.steps - switch:,} on tokens\n"
-        f"run     {out}, {f'goes on after step {start:,}' if start else 'new'}")
-    if batches.epochs > 1:
-        say(f"tokens repeat {batches.epochs:.1f} times, and TST lives on spare data: bring more")
-
-    # The log, a line a step, cut after the checkpoint's: what followed it comes again
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "metrics.jsonl", "ab", buffering=0)    # a write a line
-        try:
-            import fcntl
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)     # until this process ends
-        except BlockingIOError:
-            fail(f"--out {out}: another process trains there; stop it, or name another --out")
-        except (ImportError, OSError):  # Windows and some file systems have no such locks
-            pass
-        steps, size = 0, 0
-        for line in (out / "metrics.jsonl").read_bytes().splitlines(keepends=True):
-            found = re.fullmatch(rb'{"step": (\d+),.*}\n', line)    # a power cut leaves zero bytes
-            if not found or int(found[1]) > start:
-                break
-            steps, size = steps + 1, size + len(line)
-        log.truncate(size)
-        if steps < start:
-            say(f"{out}/metrics.jsonl has {steps:,} of the {start:,} steps before this one")
-        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
-        (out / "meta.json").write_text(json.dumps(meta, indent=1))
-        if Path(args.data, "encoding.json").exists():
-            (out / "encoding.json").write_bytes(Path(args.data, "encoding.json").read_bytes())
-
-    # Ctrl-C, kill, a closed terminal and SLURM's warning (USR1) stop the run after a whole step
-    signals = []
-
-    def on_signal(number, frame):
-        if signals and number == signal.SIGINT and WORLD == 1:  # torchrun sends each one twice
-            raise SystemExit(130)
-        signals.append(number)
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):     # Windows lacks the last two
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), on_signal)     # nohup has SIGHUP ignored
-
-    peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if name in gpu), None)
-    flops = model.flops_per_position() * positions / WORLD      # of a step, for this process
-    bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True)
-    begun, before = time.time(), checkpoint["seconds"] if checkpoint else 0.0
-    say("\n   step  phase          train loss  validation loss           tokens")
-    share, micro = args.batch_size // WORLD, args.micro_batch_size      # rows of a step, at a time
-    for step in range(start, args.steps):
-        # Forward and backward. The phase switch: bags of s tokens before it, of one from it on
+    n_rows, micro = args.batch_size // WORLD, args.micro_batch_size     # per step, per forward pass
+    warmup, decay = max(1, args.warmup_steps), max(1, round(args.decay_frac * args.steps))
+    for step in range(run.first_step, args.steps):
+        # The phase switch: bags of s tokens before it, single tokens from it on
         s = args.s if step < switch else 1
         loss = torch.zeros((), device=device)
-        for i in range(0, share, micro):
-            rows = batches.rows(step, RANK * share + i, micro)          # (micro, (l + 1) * s)
-            rows = rows.pin_memory() if device.type == "cuda" else rows     # to copy without a wait
+        for i in range(0, n_rows, micro):               # gradient accumulation
+            rows = batches.rows(step, RANK * n_rows + i, micro)         # (micro, (l + 1) * s)
+            rows = rows.pin_memory() if device.type == "cuda" else rows     # copies asynchronously
             bags = rows.to(device, non_blocking=True).view(micro, l + 1, s)
             inputs, targets = bags[:, :-1], bags[:, 1:]                 # bag j predicts bag j + 1
-            wrapped.require_backward_grad_sync = i + micro == share     # DDP's: average once a step
+            wrapped.require_backward_grad_sync = i + micro == n_rows    # DDP communicates once
             with autocast:
-                part = wrapped(inputs, targets) / (share // micro)
-            scaler.scale(part).backward()
-            loss += part.detach()
+                micro_loss = wrapped(inputs, targets) / (n_rows // micro)
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
 
-        # Update
-        lr = args.lr * min(1, (step + 1) / warmup, (args.steps - step) / decay)     # WSD
+        # Update. The learning rate warms up, stays constant, and decays linearly to 0 (WSD)
+        lr = args.lr * min(1, (step + 1) / warmup, (args.steps - step) / decay)
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-        scaler.step(optimizer)          # in float16 not where a gradient overflowed
+        scaler.step(optimizer)          # in float16, skips the step if a gradient has overflowed
         scaler.update()
-        optimizer.zero_grad(set_to_none=wrapped is model)       # DDP's stay views of its buckets
+        optimizer.zero_grad(set_to_none=wrapped is model)       # DDP reuses its gradient buffers
 
-        # Log, evaluate, save. The numbers are read once a step, the only wait for the device
-        norm = norm.full_tensor() if sharded else norm
-        report = torch.stack((loss, norm, torch.full_like(loss, len(signals))))
+        # Average over the processes. Only here does the CPU wait for the GPU
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm     # FSDP shards it
+        sums = torch.stack((loss, norm, torch.full_like(loss, len(run.signals))))
         if WORLD > 1:
-            dist.all_reduce(report)                             # all ranks stop after the same step
-        mean_loss, norm, stopping = (report / WORLD).tolist()
-        done, phase = step + 1, "superposition" if step < switch else "recovery"
+            dist.all_reduce(sums)
+        mean_loss, norm, stop = (sums / WORLD).tolist()         # stop > 0: a process got a signal
         if not math.isfinite(mean_loss if scaler.is_enabled() else mean_loss + norm):
-            fail(f"step {done:,}: loss {mean_loss}, gradient norm {norm}; start anew with a --lr "
-                 f"below {args.lr:g} and another --out", status=1)
-        entry = {"step": done, "phase": phase, "s": s, "loss": mean_loss, "lr": lr,
-                 "val_loss": None, "val_bpb": None,
-                 "tokens": positions * (done + (args.s - 1) * min(done, switch)),
-                 "s_tokens": positions * done, "seconds": before + time.time() - begun}
-        if done == args.steps or done % args.eval_every == 0 and not stopping:
+            fail(f"Step {step + 1:,} has the loss {mean_loss} and the gradient norm {norm}. Start "
+                 f"again with a --lr below {args.lr:g} and another --out.", status=1)
+
+        # Log, validate, save
+        done, at_switch = step + 1, step + 1 == switch
+        entry = {"step": done, "phase": "superposition" if step < switch else "recovery", "s": s,
+                 "loss": mean_loss, "lr": lr, "val_loss": None, "val_bpb": None,
+                 "tokens": args.batch_size * l * (done + (args.s - 1) * min(done, switch)),
+                 "s_tokens": args.batch_size * l * done,
+                 "seconds": run.earlier_seconds + time.time() - run.start}
+        if done == args.steps or not stop and (at_switch or done % args.eval_every == 0):
             entry["val_loss"], entry["val_bpb"] = evaluate(
-                model, val_tokens, encoding, args, device, autocast)
+                model, val_tokens, token_bytes, args, device, autocast)
         if RANK == 0:
-            log.write(json.dumps(entry).encode() + b"\n")
-        if entry["val_loss"] or stopping or done == switch or done % args.save_every == 0:
-            save(model, optimizer, scaler, args, meta, entry, done == switch)
-        if entry["val_loss"]:           # * marks a loss of bags, which compares with no other
-            say(f"{done:7,}  {phase:13}  {mean_loss:9.4f}{'*' if s > 1 else ' '}  "
-                f"{entry['val_loss']:15.4f}  {entry['tokens']:15,}")
-        rate = bar.format_dict["rate"] or 0.0                   # steps per second, smoothed
-        mfu = f" MFU {rate * flops / peak:.1%}" if peak and low else ""
-        bar.set_postfix_str(f"{phase} s={s} loss {mean_loss:.3f} "
-                            f"{rate * positions * s:,.0f} tokens/s{mfu}", refresh=False)
-        bar.update()
-        if stopping:
-            break
+            run.log.write(json.dumps(entry).encode() + b"\n")
+        if entry["val_loss"] or stop or at_switch or done % args.save_every == 0:
+            run.save(model, optimizer, scaler, meta, entry, at_switch)
+        run.show(entry)
+        if stop:
+            return report(f"Stopped after step {done:,}. The same command with --resume continues.")
 
-    bar.close()
-    if done < args.steps:
-        return say(f"stopped after step {done:,}; the same command with --resume goes on")
-    say(f"\n{out} is complete\npicture    python tools/plot.py {shlex.quote(args.out)}\n"
-        f"sample     python tools/sample.py {shlex.quote(args.out)}")
-
-
-def best_device():
-    """The best kind of device here, by name. It touches none, since every rank asks."""
-    other = "mps" if torch.backends.mps.is_available() else "cpu"
-    return "cuda" if torch.cuda.is_available() else other
-
-
-def find_device(name):
-    """The torch.device of that name. SystemExit(2) if it is not here."""
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception:                   # torch raises a different one for each way to be missing
-        fail(f"--device {name} is not on this machine: leave it out to take what is", anywhere=True)
-    return torch.device(name)
+    folder = shlex.quote(args.out)
+    report(f"\n{args.out} is complete.\n"
+           f"plot the losses          python tools/plot.py {folder}\n"
+           f"see what bags teach      python tools/peek.py {folder}\n"
+           f"sample text              python tools/sample.py {folder}")
 
 
 @torch.no_grad()
-def evaluate(model, tokens, encoding, args, device, autocast):
-    """Next-token loss on evenly spaced rows, the same in every run: nats, bits per byte."""
+def evaluate(model, tokens, token_bytes, args, device, autocast):
+    """The next-token loss on evenly spaced validation rows: (nats per token, bits per byte)."""
     l, micro = min(args.seq_len, len(tokens) - 1), args.micro_batch_size
-    n = max(1, (min(len(tokens), args.eval_tokens) - 1) // l)
-    starts = [i * (len(tokens) - 1 - l) // max(1, n - 1) for i in range(n)]
-    sizes = {i: len(token) for token, i in encoding._mergeable_ranks.items()} if encoding else {}
-    token_bytes = torch.tensor([sizes.get(i, 0.0) for i in range(tokens.vocab_size)])
+    n_rows = max(1, (min(len(tokens), args.eval_tokens) - 1) // l)
+    starts = [i * (len(tokens) - 1 - l) // max(1, n_rows - 1) for i in range(n_rows)]
+    batches = [starts[i:i + micro] for i in range(0, n_rows, micro)]
     totals = torch.zeros(2, dtype=torch.float64)                # nats, bytes
-    for k in range(0, n, WORLD * micro):
-        group = starts[k:k + WORLD * micro]
-        mine = group[RANK::WORLD] or group[:1]      # idle ranks join FSDP's calls, uncounted
-        rows = tokens.rows(mine, l + 1)
-        bags = rows.unsqueeze(2).to(device)                     # of one token: (rows, l + 1, 1)
+    # Several processes take turns. Because FSDP needs all of them in every call of the model, a
+    # process that has no batch in the last turn repeats the first batch, without counting it
+    for k in range(RANK, math.ceil(len(batches) / WORLD) * WORLD, WORLD):
+        rows = tokens.rows(batches[k] if k < len(batches) else batches[0], l + 1)
+        bags = rows.unsqueeze(2).to(device)                     # bags of one token (rows, l + 1, 1)
         with autocast:
-            mean = model(bags[:, :-1], bags[:, 1:]).item()
-        if RANK < len(group):
-            totals[0] += mean * len(mine) * l
+            loss = model(bags[:, :-1], bags[:, 1:]).item()
+        if k < len(batches):
+            totals[0] += loss * len(rows) * l
             totals[1] += token_bytes[rows[:, 1:]].sum()
     if WORLD > 1:
         dist.all_reduce(totals)
     nats, n_bytes = totals.tolist()
-    return nats / (n * l), (nats / n_bytes / math.log(2) if n_bytes else None)
+    return nats / (n_rows * l), (nats / n_bytes / math.log(2) if n_bytes else None)
 
 
-def save(model, optimizer, scaler, args, meta, entry, at_switch):
-    """Write ckpt.pt, and at the switch ckpt_switch.pt: whole tensors by their names, or nothing."""
-    parameters, moments = state_dicts.get_state_dict(model, optimizer, options=WHOLE)
-    if RANK > 0:
-        return
-    state = {"model": parameters, "optimizer": moments, "scaler": scaler.state_dict(),
-             "step": entry["step"], "seconds": entry["seconds"], "args": vars(args),
-             "config": asdict(model.config), "data": meta}
-    temporary = Path(args.out, "ckpt.tmp")
-    for name in ("ckpt_switch.pt", "ckpt.pt") if at_switch else ("ckpt.pt",):
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, Path(args.out, name))
-        except (OSError, RuntimeError) as error:    # the latter is what torch makes of a full disk
-            temporary.unlink(missing_ok=True)
-            raise OSError(f"{temporary} cannot be written ({error})") from error
+def describe(args, run, model, device, n_tokens, switch, epochs):
+    """Print what is about to run, on which data, and for how long."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    reads = args.batch_size * args.seq_len * (switch * args.s + args.steps - switch)
+    report(f"model   {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+           f"device  {WORLD} x {name}, {args.dtype}, {'compiled' if args.compile else 'eager'}\n"
+           f"data    {args.data}, {n_tokens:,} training tokens; the run reads {reads:,}\n"
+           f"phases  {switch:,} steps on bags of {args.s}, then {args.steps - switch:,} on tokens\n"
+           f"run     {args.out}, {f'from step {run.first_step:,} on' if run.first_step else 'new'}")
+    if epochs > 1:
+        report(f"Data repeat {epochs:.1f} times. Add data, because TST gains from new text.")
+    report("\n   step  phase          train loss  validation loss           tokens")
+
+
+def report(text):
+    """Print text above the progress bar. Of several processes only the first one prints."""
+    if RANK == 0:
+        tqdm.write(text)
+
+
+def find_device(name):
+    """The torch.device with this name. SystemExit(2) if this machine does not have it."""
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception:                   # PyTorch has a different exception for each reason
+        fail(f"--device {name} does not work here. Choose another device.", every_process=True)
+    return torch.device(name)
+
+
+def set_up_device(args):
+    """The torch.device of this process. With torchrun, the process also joins the others."""
+    one_per_process = args.device == "cuda" or WORLD > 1 and args.device.startswith("cuda")
+    device = find_device(f"cuda:{LOCAL_RANK}" if one_per_process else args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")              # TF32 for products in float32
+    if WORLD > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # The time that a process waits for the others, except in `Run.save`
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        torch._dynamo.config.optimize_ddp = False       # would split graphs that are small already
+    return device
+
+
+def compile_parts(model, args):
+    """Compile the blocks, which share one graph, and the embedding and the loss, which see s."""
+    try:
+        torch.compile(lambda x: (x * 2).sum())(torch.ones(8, device=model.head.weight.device))
+        for block in model.blocks:
+            block.compile(dynamic=False)
+        model.embed = torch.compile(model.embed, dynamic=False)
+        model.loss = torch.compile(model.loss, dynamic=False)
+    except Exception as error:          # a compiler, a header file or a driver can be missing
+        args.compile = False
+        report(f"torch.compile does not work here, so the run is not compiled ({error!r:.200})")
+
+
+def distribute(model, args, device):
+    """The module that the loop calls: the model itself, or with several processes DDP or FSDP."""
+    if WORLD > 1 and args.fsdp:
+        dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
+        for module in (*model.blocks, model):           # the last one shards all that is left
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    elif WORLD > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False                 # RoPE's table is equal in all processes
+    return model
+
+
+def load_data(args, checkpoint):
+    """`data.load` of --data. SystemExit(2) if the checkpoint was trained on other shards."""
+    if Path(args.data) == Path("data/python") and LOCAL_RANK == 0:
+        from tools.corpus import build_python_corpus
+        build_python_corpus()
+    if WORLD > 1:
+        dist.barrier()
+    loaded = data.load(args.data)
+    if checkpoint:
+        name = "shards" if "shards" in checkpoint["data"] else "hash"   # older runs have no shards
+        if checkpoint["data"][name] != loaded[2][name]:
+            fail(f"--data {args.data} has other shards than the run in {args.out} was trained on. "
+                 "Restore the shards, or choose another --out.")
+    return loaded
+
+
+class Run:
+    """A run's folder, with its log and its checkpoints, and the signals that stop the run."""
+
+    def __init__(self, args):
+        self.args, self.folder = args, Path(args.out)
+        self.first_step, self.earlier_seconds, self.signals = 0, 0.0, []
+        self.resources = contextlib.ExitStack()         # `main` closes them when the run ends
+
+    def find_checkpoint(self):
+        """The last checkpoint, or None. SystemExit(2) if --out holds a run with other flags."""
+        checkpoint = None
+        if (self.folder / "ckpt.pt").exists():
+            if not self.args.resume:
+                fail(f"--out {self.folder} holds a run already. Add --resume to continue it, or "
+                     "choose another --out.")
+            checkpoint = load_checkpoint(self.folder)
+            self.first_step, self.earlier_seconds = checkpoint["step"], checkpoint["seconds"]
+            for name, value in vars(self.args).items():
+                old = checkpoint["args"].get(name)
+                if name not in MAY_DIFFER and value != old:
+                    fail(f"--{name.replace('_', '-')} is {value}, but was {old} in the run in "
+                         f"{self.folder}. Use the flags of that run, or choose another --out.")
+        if WORLD > 1:
+            steps = [0] * WORLD
+            dist.all_gather_object(steps, self.first_step)
+            if len(set(steps)) > 1:
+                fail(f"--out {self.folder} has checkpoints of different steps on different "
+                     f"machines, {steps}. Put --out on a disk that all machines share.")
+        return checkpoint
+
+    def open(self, meta):
+        """Create the folder, lock it, and truncate the log to the step of the checkpoint.
+
+        Nothing is written before this call, so that a run with bad input leaves nothing behind.
+        """
+        if WORLD > 1:                   # the other processes wait in this group while one saves
+            self.savers = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        if RANK == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / "metrics.jsonl"
+            self.log = self.resources.enter_context(open(path, "ab", buffering=0))
+            try:
+                import fcntl
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)    # until the log is closed
+            except BlockingIOError:
+                fail(f"--out {self.folder} is in use by another process. Stop that process, or "
+                     "choose another --out.")
+            except (ImportError, OSError):      # Windows and some file systems have no such locks
+                pass
+            # Keep the steps up to the checkpoint. A power cut can leave other bytes behind them
+            lines = re.findall(rb'({"step": (\d+),.*}\n)', path.read_bytes())
+            kept = [line for line, step in lines if int(step) <= self.first_step]
+            self.log.truncate(sum(map(len, kept)))
+            if len(kept) < self.first_step:
+                report(f"{path} has {len(kept):,} of the {self.first_step:,} earlier steps.")
+            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=1))
+            (self.folder / "meta.json").write_text(json.dumps(meta, indent=1))
+            for file in Path(self.args.data).glob("encoding.json"):     # the tokenizer, if any
+                (self.folder / file.name).write_bytes(file.read_bytes())
+        self.start, self.bar = time.time(), self.resources.enter_context(tqdm(
+            total=self.args.steps, initial=self.first_step, disable=None if RANK == 0 else True))
+        if threading.current_thread() is threading.main_thread():       # no other thread may do it
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):     # Windows lacks the last two
+                number = getattr(signal, name, None)
+                if number and signal.getsignal(number) != signal.SIG_IGN:   # `nohup` ignores SIGHUP
+                    old_handler = signal.signal(number, self.on_signal)
+                    self.resources.callback(signal.signal, number, old_handler)
+
+    def on_signal(self, number, frame):
+        """Ctrl-C, `kill`, a closed terminal and SLURM's USR1 end the run after the current step."""
+        if self.signals and number == signal.SIGINT and WORLD == 1:     # torchrun sends it twice
+            raise KeyboardInterrupt
+        self.signals.append(number)
+
+    def show(self, entry):
+        """Advance the progress bar, and after a validation print a row of the table."""
+        if entry["val_loss"]:           # * marks a bag loss, which no next-token loss compares with
+            row = "{step:7,}  {phase:13}  {loss:9.4f}{mark}  {val_loss:15.4f}  {tokens:15,}"
+            report(row.format(mark="*" if entry["s"] > 1 else " ", **entry))
+        self.bar.set_postfix_str(f"{entry['phase']} loss {entry['loss']:.3f}", refresh=False)
+        self.bar.update()
+
+    def save(self, model, optimizer, scaler, meta, entry, at_switch):
+        """Write ckpt.pt, and at the switch ckpt_switch.pt: unsharded tensors, atomically."""
+        parameters, moments = state_dicts.get_state_dict(model, optimizer, options=FULL_STATE)
+        if RANK == 0:
+            state = {"model": parameters, "optimizer": moments, "scaler": scaler.state_dict(),
+                     "step": entry["step"], "seconds": entry["seconds"], "args": vars(self.args),
+                     "config": asdict(model.config), "data": meta}
+            temporary = self.folder / "ckpt.tmp"
+            try:
+                for name in ("ckpt_switch.pt", "ckpt.pt") if at_switch else ("ckpt.pt",):
+                    torch.save(state, temporary)
+                    os.replace(temporary, self.folder / name)
+            except (OSError, RuntimeError) as error:    # PyTorch raises the latter on a full disk
+                temporary.unlink(missing_ok=True)
+                raise OSError(f"{temporary} cannot be written ({error})") from error
+        if WORLD > 1:
+            dist.barrier(self.savers)
 
 
 def load_checkpoint(path):
-    """The checkpoint in a run's folder, or in a file: a dict, on the CPU, by no pickled code."""
+    """The checkpoint in a run's folder, or in a file: a dict on the CPU. Runs no pickled code."""
     file = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=os.name == "posix")
-    except Exception as error:          # the system, pickle, zip files and torch raise all kinds
-        fail(f"{file}: no whole checkpoint of train_tst.py ({type(error).__name__}); name a run's "
-             "folder, such as runs/tiny-s4-r0.2-seed0, or its ckpt_switch.pt")
+    except Exception as error:          # the system, zip files, pickle and PyTorch have many kinds
+        fail(f"{file} is no whole checkpoint ({type(error).__name__}). Name the folder of a run.")
+
+
+def parse(argv=None):
+    """The flags, with every default filled in. SystemExit(2) on bad input, with one line."""
+    def between(low, high, kind):
+        def number(text):
+            if not low <= kind(text) <= high:
+                raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high:g}.")
+            return kind(text)
+        return number
+
+    count, natural = between(1, 1e12, int), between(0, 1e12, int)
+    real, fraction = between(0, 1e12, float), between(0, 1, float)
+    on_off = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage="%(prog)s [flags]", allow_abbrev=False,
+        add_help=False, formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(
+            prog, max_help_position=28, width=100))
+    parser.error = fail                 # one line, without the usage
+    method, run, model, machine = (parser.add_argument_group(name).add_argument
+                                   for name in ("method", "run", "model", "machine"))
+    # These two flags are parsed first, because the defaults of the other flags depend on them
+    model("--model", choices=PRESETS, help="preset; small with CUDA and data/fineweb, else tiny")
+    machine("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+            help="cuda, cuda:1, mps or cpu")
+    known = parser.parse_known_args(argv)[0]
+    cuda = known.device.startswith("cuda")
+    preset = known.model or ("small" if cuda and Path("data/fineweb").exists() else "tiny")
+    bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = "bfloat16" if bfloat16 else "float16" if cuda else "float32"
+    method("--s", type=count, help="tokens per bag in the superposition phase; 1: the baseline")
+    method("--r", type=fraction, help="fraction of the steps that form the superposition phase")
+    run("--data", help="folder of token shards; data/python: the built-in corpus")
+    run("--steps", type=count, help="optimizer steps in both phases together")
+    run("--batch-size", type=count, help="rows per step in all processes together")
+    run("--lr", type=real, help="peak learning rate; not tuned in the presets from 270m on")
+    run("--warmup-steps", type=natural, help="steps in which the learning rate grows linearly to "
+        f"--lr; None: {PRESETS[preset]['warmup_steps']}, but at most a tenth of --steps")
+    run("--decay-frac", type=fraction, help="fraction of the steps, at the end, in which the "
+        "learning rate decays linearly to 0")
+    run("--eval-every", type=count, default=500, help="steps between two evaluations")
+    run("--save-every", type=count, default=500, help="steps between two checkpoints")
+    run("--seed", type=natural, default=0, help="seed of the initial weights and the data order")
+    run("--out", help="folder of the run; None: runs/MODEL-sS-rR-seedSEED")
+    run("--resume", action="store_true", help="continue the run in --out, or start it if it is new")
+    model("--n-layer", type=count, help="number of blocks")
+    model("--n-embd", type=count, help="width of the residual stream")
+    model("--n-head", type=count, help="number of query heads per block")
+    model("--n-kv-head", type=count, help="number of key-value heads per block")
+    model("--n-hidden", type=count, help="hidden width of the SwiGLU, or of each expert")
+    model("--n-expert", type=natural, help="number of experts per block; 0: one SwiGLU")
+    model("--n-active", type=count, help="number of experts that each token uses")
+    model("--head-dim", type=natural, help="width of a head; 0: n_embd / n_head")
+    model("--qk-norm", action=on_off, help="RMSNorm of the queries and keys of each head")
+    model("--rope-theta", type=real, help="base of the RoPE frequencies")
+    model("--init-std", type=real, help="standard deviation of the initial weights of the blocks")
+    model("--seq-len", type=count, help="context length l, in bags or in single tokens")
+    machine("--micro-batch-size", type=count, help="most rows in one forward pass; lowered until "
+            "it divides the rows per process")
+    machine("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype,
+            help="dtype of the matrix products (autocast)")
+    machine("--compile", action=on_off, default=cuda, help="use torch.compile")
+    machine("--fsdp", action=on_off, default=False, help="shard the model over the processes")
+    machine("--help", action="help", help="show these flags with the defaults of the preset")
+    parser.set_defaults(**{**SHAPE, **PRESETS[preset], "model": preset, "warmup_steps": None})
+    return check(parser.parse_args(argv))
+
+
+def check(args):
+    """args with the defaults that depend on other flags. SystemExit(2) if flags contradict."""
+    if args.warmup_steps is None:
+        args.warmup_steps = min(PRESETS[args.model]["warmup_steps"], args.steps // 10)
+    args.r = args.r if args.s > 1 else 0.0
+    args.out = args.out or f"runs/{args.model}-s{args.s}-r{args.r:g}-seed{args.seed}"
+    if args.warmup_steps > args.steps:
+        fail(f"--warmup-steps {args.warmup_steps} is more than --steps {args.steps}, so that --lr "
+             "is never reached. Choose fewer warmup steps.")
+    if args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size} is no multiple of the {WORLD} processes. Change it.")
+    if args.n_head % args.n_kv_head or (args.head_dim or args.n_embd / args.n_head) % 2:
+        fail(f"--n-head {args.n_head} must be a multiple of --n-kv-head {args.n_kv_head}, and the "
+             "width of a head must be even. Change one of these flags.")
+    if args.n_expert and not 1 < args.n_active <= args.n_expert:    # 1 gives the router no gradient
+        fail(f"--n-active {args.n_active}: choose a number from 2 to --n-expert {args.n_expert}.")
+    n_rows = args.batch_size // WORLD
+    most = min(n_rows, args.micro_batch_size)
+    args.micro_batch_size = max(n for n in range(1, most + 1) if n_rows % n == 0)
+    return args
+
+
+def main(argv=None):
+    """Train as argv (default: the command line) says. SystemExit(2) on bad input."""
+    args = parse(argv)
+    run = Run(args)
+    try:
+        train(args, run)
+    except KeyboardInterrupt:           # before the first step, or a second Ctrl-C
+        raise SystemExit(130)
+    except OSError as error:
+        fail(f"{error.filename or args.out}: {error.strerror or error}. Remove the cause, and run "
+             "the same command with --resume.", every_process=True)
+    except (MemoryError, RuntimeError) as error:    # the messages of CUDA, Apple's MPS and the CPU
+        if not re.search("(?i)out of memory|allocate|enough memory", str(error)):
+            raise
+        fail(f"--micro-batch-size {args.micro_batch_size} needs more memory than there is. Halve "
+             "it. If it is 1, use --fsdp or a lower --seq-len.", every_process=True)
+    finally:
+        run.resources.close()
+    if dist.is_initialized():           # not after an error, because other processes have ended
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def superposed_loss(model, embed, bags):
 
 
 def collate(rows):
-    tokens = torch.from_numpy(np.stack([row["tokens"] for row in rows]))
+    tokens = torch.stack([row["tokens"] for row in rows])
     return {"bags": tokens.unflatten(1, (-1, rows[0]["s"]))}        # (B, l+1, s)
 
 
@@ -52,7 +52,7 @@ def draw_rows(stream, sizes, batch):
     for s in sizes:
         n = (SEQ_LEN + 1) * s
         for start in rng.integers(len(stream) - n, size=batch):
-            rows.append({"tokens": stream.read(start, n), "s": s})
+            rows.append({"tokens": stream.rows([start], n)[0], "s": s})
     return rows
 
 

@@ -29,7 +29,7 @@ import data
 import train_tst
 from model import GPT, Config
 from tools.corpus import VOCAB_SIZE, write_shard
-from tools.plan import plan
+from tools.plan import PEAK_FLOPS, plan
 
 ROUNDS, TOKENS = 25, 40_000_000
 
@@ -46,7 +46,7 @@ def main(argv=None):
     device = train_tst.find_device(args.device)
     cuda = device.type == "cuda"
     gpu = torch.cuda.get_device_name(device) if cuda else "one CPU thread"
-    peak = [train_tst.PEAK_FLOPS[name] for name in train_tst.PEAK_FLOPS if name in gpu]
+    peak = [PEAK_FLOPS[name] for name in PEAK_FLOPS if name in gpu]
     clock = time.perf_counter if cuda else time.process_time
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high" if cuda else "highest")   # as in training

@@ -71,7 +71,7 @@ def make(folder):
         print(f"building {folder} from {sum(len(text) for text, _ in documents):,} characters")
         train = (text for text, split in documents if split == "train")
         ranks = corpus.train_bpe(train, int(size) - 1)
-        encoding = corpus.byte_pair_encoding(kind, corpus.PATTERN, ranks)
+        encoding = corpus.make_encoding(kind, corpus.PATTERN, ranks.items())
         corpus.write_corpus(folder, kind, iter(documents), encoding)
     print(f"{folder}: data_hash {json.loads((folder / 'meta.json').read_text())['hash'][:12]}")
 

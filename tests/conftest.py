@@ -31,7 +31,7 @@ def same_everywhere():
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of shards: 60,000 training tokens in three files, 3,000 of validation."""
-    from tools.corpus import PATTERN, byte_pair_encoding, save_encoding, write_shard
+    from tools.corpus import PATTERN, make_encoding, save_encoding, write_shard
     folder = tmp_path_factory.mktemp("corpus")
     tokens = np.random.default_rng(0).integers(0, VOCAB // 3, 63_000).astype(np.uint16)
     tokens[1::2] = tokens[::2] * 2 + 7                          # half of them can be learnt
@@ -40,7 +40,7 @@ def corpus(tmp_path_factory):
     write_shard(folder / "retrieval_val_0.bin", tokens[60_000:])
     ranks = {bytes([i]): i for i in range(256)}
     ranks.update({bytes([97 + i // 9, 97 + i % 9]): 256 + i for i in range(VOCAB - 257)})
-    save_encoding(byte_pair_encoding("mine", PATTERN, ranks), folder)
+    save_encoding(make_encoding("mine", PATTERN, ranks.items()), folder)
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "mine", "vocab_size": VOCAB}))
     return folder
 

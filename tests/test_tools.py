@@ -30,7 +30,7 @@ def shards_of(out, *paths, vocab_size=400):
     """({split: documents}, the encoding) of what tools/corpus.py makes of files."""
     corpora.main([*map(str, paths), "--out", str(out), "--tokenizer", "train",
                   "--vocab-size", str(vocab_size)])
-    found, encoding = {}, data.load_encoding(out)
+    found, encoding = {}, corpora.load_encoding(out)
     for split in ("train", "val", "test"):
         tokens = [data.read_shard(path) for path in sorted(out.glob(f"text_{split}_*.bin"))]
         found[split] = encoding.decode(np.concatenate(tokens)).split("<|endoftext|>")[1:]
@@ -73,7 +73,8 @@ def test_own_text_becomes_shards_that_say_the_same(tmp_path, capsys):
     found, _ = shards_of(tmp_path / "out", tmp_path / "text")
     assert "".join(sorted("".join(sum(found.values(), [])))) == "".join(sorted("".join(texts)))
     assert all(any(part in text for text in texts) for part in sum(found.values(), []))
-    train, val, meta, encoding = data.load(tmp_path / "out")    # as the trainer reads them
+    train, val, meta, _ = data.load(tmp_path / "out")     # as the trainer reads them
+    encoding = corpora.load_encoding(tmp_path / "out")
     assert meta["vocab_size"] == encoding.n_vocab == 400 and len(train) > 20 * len(val) > 0
     assert "holds other data" in refused(capsys, corpora.main, tmp_path, "--out", tmp_path / "out")
 
@@ -203,7 +204,7 @@ def test_fineweb_downloads_what_is_missing_and_the_encoding_once(
 
     def encoding(name):
         asked.append(name)
-        return corpora.byte_pair_encoding(name, "(?s).", {bytes([i]): i for i in range(256)})
+        return corpora.make_encoding(name, "(?s).", [(bytes([i]), i) for i in range(256)])
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     monkeypatch.setattr(tiktoken, "get_encoding", encoding)
@@ -211,14 +212,14 @@ def test_fineweb_downloads_what_is_missing_and_the_encoding_once(
         fineweb.main(["--shards", shards, "--out", str(out)])
     assert asked == ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "gpt2",
                      "fineweb_train_000002.bin"]
-    assert data.load_encoding(out).name == "gpt2"
+    assert corpora.load_encoding(out).name == "gpt2"
     said = refused(capsys, fineweb.main, "--shards", "1", "--edu", "--out", out)
     assert "finewebedu10B" in said and "name another" in said
 
     (out / "encoding.json").unlink()                            # as llm.c's folders are
     (out / "meta.json").unlink()
     fineweb.main(["--shards", "0", "--out", str(out)])
-    assert data.load_encoding(out).name == "gpt2"
+    assert corpora.load_encoding(out).name == "gpt2"
     for folder in corpus, tmp_path / "missing":                 # of another tokenizer; no folder
         assert "GPT-2" in refused(capsys, fineweb.main, "--shards", "0", "--out", folder)
     (run / "encoding.json").unlink()

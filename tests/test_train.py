@@ -1,4 +1,4 @@
-"""What a user of train_tst.py meets: a run's folder, resuming, processes, float16, bad input."""
+"""What users of train_tst.py meet: the run's folder, resuming, several processes, bad input."""
 import contextlib
 import fcntl
 import functools
@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def log(out):
 
 
 def numbers(out, *without):
-    """The log without its times."""
+    """The entries of the log without the times and without some other fields."""
     return [{name: entry[name] for name in entry if name not in ("seconds", *without)}
             for entry in log(out)]
 
@@ -32,18 +33,18 @@ def losses(out):
 
 
 @contextlib.contextmanager
-def stopped(capsys, *said):
-    """What is inside ends with status 2 and one line on standard error, which has all of said."""
+def fails(capsys, *words):
+    """The block must end with status 2, and with one line on standard error that has all words."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         yield
     printed = capsys.readouterr().err
-    assert end.value.code == 2 and printed.count("\n") == 1
-    assert all(words in printed for words in said), printed
+    assert end.value.code == 2 and printed.count("\n") == 1, printed
+    assert all(word in printed for word in words), printed
 
 
-def stop_at(step, monkeypatch, *signals):
-    """The signals to this process, in that step of the run to come."""
+def signal_in_step(step, monkeypatch, *signals):
+    """Send the signals to this process in that step of the next run."""
     real, steps = torch.nn.utils.clip_grad_norm_, iter(range(1, step + 1))
 
     def clip(*args, **kwargs):
@@ -65,20 +66,21 @@ def torchrun(*words):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "--", str(ROOT / "train_tst.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "FutureWarning" not in done.stderr, done.stderr
 
 
-# The run's folder
+# The folder of a run
 
 def test_a_run_leaves_its_log_its_checkpoints_and_what_sampling_needs(run, corpus):
-    assert [len(split) for split in data.load(corpus)[:2]] == [60_000, 3_000]   # of "retrieval_..."
+    assert [len(split) for split in data.load(corpus)[:2]] == [60_000, 3_000]   # "retrieval_..."
     entries = log(run)
     assert [entry["step"] for entry in entries] == list(range(1, 13))
     assert set(entries[0]) == {"step", "phase", "s", "loss", "lr", "val_loss", "val_bpb", "tokens",
                                "s_tokens", "seconds"}
     assert [(entry["phase"], entry["s"]) for entry in entries] == (
         6 * [("superposition", 3)] + 6 * [("recovery", 1)])
-    assert [entry["step"] for entry in entries if entry["val_loss"]] == [4, 8, 12]
+    validated = [entry["step"] for entry in entries if entry["val_loss"]]
+    assert validated == [4, 6, 8, 12]           # every 4 steps, and at the switch
     assert entries[-1]["tokens"] == 8 * 16 * (6 * 3 + 6) and entries[-1]["s_tokens"] == 8 * 16 * 12
     assert {path.name for path in run.iterdir()} == {
         "args.json", "meta.json", "encoding.json", "metrics.jsonl", "ckpt.pt", "ckpt_switch.pt"}
@@ -86,83 +88,138 @@ def test_a_run_leaves_its_log_its_checkpoints_and_what_sampling_needs(run, corpu
         assert train_tst.load_checkpoint(run / name)["step"] == step
 
 
-def test_the_start_the_table_and_the_end_are_printed(flags, tmp_path, capsys):
+def test_the_start_the_table_and_the_next_commands_are_printed(flags, tmp_path, capsys):
     train_tst.main([*flags, "--out", str(tmp_path / "my run")])
     printed = capsys.readouterr().out
     assert "6 steps on bags of 3, then 6 on tokens" in printed
     rows = [line.split() for line in printed.splitlines()]
     rows = [row for row in rows if row[1:2] in (["superposition"], ["recovery"])]
-    assert [row[2].endswith("*") for row in rows] == [True, False, False]   # a multi-hot loss
-    assert f"python tools/sample.py '{tmp_path}/my run'" in printed
+    assert [row[2].endswith("*") for row in rows] == [True, True, False, False]     # a bag loss
+    for tool in ("plot", "peek", "sample"):
+        assert f"python tools/{tool}.py '{tmp_path}/my run'" in printed
+
+
+def test_the_help_has_four_groups_and_the_values_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        train_tst.main(["--model", "10b-a1b", "--device", "cpu", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith(":") and line[0] != " "] == [
+        "method:", "run:", "model:", "machine:"]
+    assert any("--s " in line and line.endswith("(default: 16)") for line in lines)
+    assert max(map(len, lines)) <= 100
 
 
 # Stopping and resuming
 
 @pytest.mark.parametrize("step, number", [
     (3, signal.SIGTERM), (6, signal.SIGHUP), (9, signal.SIGUSR1)])
-def test_a_stopped_run_goes_on_as_if_it_had_not(run, flags, tmp_path, step, number, monkeypatch):
+def test_a_stopped_and_resumed_run_equals_an_unbroken_run(
+        run, flags, tmp_path, step, number, monkeypatch):
     out = tmp_path / "again"
     with monkeypatch.context() as patch:
-        stop_at(step, patch, number)
+        signal_in_step(step, patch, number)
         train_tst.main([*flags, "--out", str(out)])
     assert log(out)[-1]["step"] == train_tst.load_checkpoint(out)["step"] == step
     with open(out / "metrics.jsonl", "ab") as file:
-        file.write(b"\0" * 99 + b'"step": 4}\n')                # as a power cut may leave it
+        file.write(b"\0" * 99 + b'"step": 4}\n')                # what a power cut can leave
     train_tst.main([*flags, "--out", str(out), "--resume"])
-    without = "val_loss", "val_bpb"                             # the stop evaluates nothing
+    without = "val_loss", "val_bpb"                             # a stop does not validate
     assert numbers(out, *without) == numbers(run, *without)
     ours, theirs = (train_tst.load_checkpoint(folder)["model"] for folder in (out, run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(flags, tmp_path, monkeypatch):
-    stop_at(3, monkeypatch, signal.SIGINT, signal.SIGINT)
+    signal_in_step(3, monkeypatch, signal.SIGINT, signal.SIGINT)
     with pytest.raises(SystemExit) as end:
         train_tst.main([*flags, "--out", str(tmp_path / "run")])
     assert end.value.code == 130 and len(log(tmp_path / "run")) == 2
 
 
-def test_a_run_under_nohup_outlives_its_terminal(flags, tmp_path, monkeypatch):
+def test_a_run_under_nohup_survives_its_terminal(flags, tmp_path, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)                # as nohup does
-    stop_at(3, monkeypatch, signal.SIGHUP)
+    signal_in_step(3, monkeypatch, signal.SIGHUP)
     train_tst.main([*flags, "--out", str(tmp_path / "run")])
     assert len(log(tmp_path / "run")) == 12
 
 
-def test_a_folder_is_refused_to_another_run_and_to_other_flags_data_and_writers(
+def test_a_run_that_failed_leaves_no_lock_and_no_signal_handler(flags, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: 1 / 0)
+        train_tst.main([*flags, "--out", str(tmp_path / "run")])
+    assert signal.getsignal(signal.SIGTERM) is handler
+    thread = threading.Thread(target=train_tst.main, args=([*flags, "--out", f"{tmp_path}/run"],))
+    thread.start()                      # in a notebook; only the main thread can set handlers
+    thread.join()
+    assert len(log(tmp_path / "run")) == 12
+
+
+def test_a_folder_is_refused_to_another_run_other_flags_other_data_and_a_second_writer(
         run, flags, corpus, tmp_path, capsys):
     words = [*flags, "--out", str(run)]
-    with stopped(capsys, "add --resume", "another --out"):
+    with fails(capsys, "Add --resume", "another --out"):
         train_tst.main(words)
-    with stopped(capsys, "--lr 0.5", "0.003"):
+    with fails(capsys, "--lr is 0.5", "was 0.003"):
         train_tst.main([*words, "--resume", "--lr", "0.5"])
     shutil.copy(run / "ckpt_switch.pt", run / "ckpt.pt")
-    other = shutil.copytree(corpus, tmp_path / "other")
-    shutil.copy(other / "retrieval_train_0.bin", other / "retrieval_train_1.bin")
-    with stopped(capsys, "is not what the run in"):
-        train_tst.main([*words, "--resume", "--data", str(other)])
     before = (run / "metrics.jsonl").read_bytes()
-    with open(run / "metrics.jsonl") as file, stopped(capsys, "another process trains there"):
+    with open(run / "metrics.jsonl") as file, fails(capsys, "is in use by another process"):
         fcntl.flock(file, fcntl.LOCK_EX)
         train_tst.main([*words, "--resume"])
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_branch_goes_on_from_the_switch_where_the_data_moved(
+def test_a_branch_continues_from_the_switch_after_the_data_have_moved(
         run, flags, corpus, tmp_path, capsys):
     (tmp_path / "branch").mkdir()
     moved = shutil.copytree(corpus, tmp_path / "moved")
-    for _ in range(2):                  # the second time as if killed before a save
+    (moved / ".retrieval_train_0.bin").write_bytes(b"from macOS")       # hidden files are no shards
+    for _ in range(2):                  # the second time as after a kill before the first save
         shutil.copy(run / "ckpt_switch.pt", tmp_path / "branch/ckpt.pt")
         train_tst.main([*flags, "--data", f"{moved}", "--out", f"{tmp_path}/branch", "--resume"])
         assert numbers(tmp_path / "branch") == numbers(run)[6:]
-        assert "has 0 of the 6 steps before this one" in capsys.readouterr().out
+        assert "has 0 of the 6 earlier steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "exchange"])
+def test_a_run_resumes_only_with_the_shards_that_it_began_with(
+        flags, corpus, tmp_path, capsys, monkeypatch, change):
+    folder = shutil.copytree(corpus, tmp_path / "shards")
+    (folder / "meta.json").write_text('{"tokenizer": "mine", "vocab_size": 300, "hash": "same"}')
+    words = [*flags, "--data", str(folder), "--out", str(tmp_path / "run")]
+    signal_in_step(3, monkeypatch, signal.SIGTERM)
+    train_tst.main(words)
+    old, new = folder / "retrieval_train_1.bin", folder / "retrieval_train_9.bin"
+    if change == "add":
+        new.write_bytes(old.read_bytes()[:-2] + b"\1\0")        # the last token is another one
+        header = data.np.fromfile(old, "<i4", 256)
+        tokens = data.np.asarray(data.read_shard(old))[::-1]
+        new.write_bytes(header.tobytes() + tokens.tobytes())
+    elif change == "remove":
+        old.unlink()
+    else:                               # the same names, the same sizes, another order
+        other = folder / "retrieval_train_2.bin"
+        old.rename(new), other.rename(old), new.rename(other)
+    with fails(capsys, "other shards than the run"):
+        train_tst.main([*words, "--resume"])
+
+
+def test_a_run_from_before_shards_were_identified_still_resumes(run, flags, tmp_path, capsys):
+    checkpoint = torch.load(run / "ckpt_switch.pt", weights_only=True)
+    del checkpoint["data"]["shards"]
+    torch.save(checkpoint, run / "ckpt.pt")
+    train_tst.main([*flags, "--out", str(run), "--resume"])
+    checkpoint["data"]["hash"] = "other"
+    torch.save(checkpoint, run / "ckpt.pt")
+    with fails(capsys, "other shards than the run"):
+        train_tst.main([*flags, "--out", str(run), "--resume"])
 
 
 # Several processes, and float16
 
 @pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
-def test_two_processes_train_as_one_does_and_one_goes_on(run, flags, tmp_path, more):
+def test_two_processes_train_as_one_does_and_one_can_continue(run, flags, tmp_path, more):
     torchrun(*flags, *more, "--out", str(tmp_path / "two"))
     assert losses(tmp_path / "two") == pytest.approx(losses(run), abs=1e-5)
     (tmp_path / "one").mkdir()
@@ -188,7 +245,7 @@ def test_float16_skips_steps_that_overflow_and_resumes_with_its_scale(
     skipped = train_tst.load_checkpoint(tmp_path / "whole")
     assert skipped["scaler"]["scale"] < 2.0 ** 20               # halved at every overflow
     assert 3 < next(iter(skipped["optimizer"]["state"].values()))["step"] < 10
-    stop_at(3, monkeypatch, signal.SIGTERM)
+    signal_in_step(3, monkeypatch, signal.SIGTERM)
     train_tst.main([*words, str(tmp_path / "again")])
     train_tst.main([*words, str(tmp_path / "again"), "--resume"])
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")
@@ -203,40 +260,49 @@ def test_micro_batches_do_not_change_the_run(run, flags, tmp_path):
 
 # Bad input
 
-@pytest.mark.parametrize("words, said", [
+@pytest.mark.parametrize("words, message", [
     (["--s", "0"], "--s: 0"), (["--s", "8,4"], "--s"), (["--r", "1.5"], "--r: 1.5"),
     (["--lr", "nan"], "--lr: nan"), (["--n-head", "3"], "--n-head 3"), (["--bogus"], "--bogus"),
     (["--n-kv-head", "3"], "--n-kv-head"), (["--model", "huge"], "--model"),
     (["--device", "cuda"], "--device"), (["--data", "nowhere"], "--data nowhere"),
     (["--seq-len", "4000"], "too few"), (["--n-expert", "5", "--n-active", "1"], "--n-active 1"),
+    (["--warmup-steps", "13"], "--warmup-steps 13"),
 ])
-def test_a_bad_flag_is_one_line(flags, tmp_path, capsys, words, said):
-    with stopped(capsys, said):
+def test_a_bad_flag_gives_one_line(flags, tmp_path, capsys, words, message):
+    with fails(capsys, message):
         train_tst.main([*flags, *words, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name, change, said", [
-    ("retrieval_train_1.bin", lambda old: old[:-10], "cut off"),
+def shard_of(n):
+    """A change of a shard that leaves the first n tokens."""
+    return lambda old: old[:8] + n.to_bytes(4, "little") + old[12:1024 + 2 * n]
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("retrieval_train_1.bin", lambda old: old[:-10], "truncated"),
     ("retrieval_train_1.bin", lambda old: old[1024:], "not in llm.c's format"),
-    ("retrieval_train_1.bin", lambda old: old[:1024] + b"\xff" * 40_000, "another tokenizer"),
-    ("meta.json", lambda old: b"vocab_size: 300", "not JSON"),
-    ("meta.json", lambda old: b'{"vocab_size": 300}', "not JSON with tokenizer"),
-    ("meta.json", lambda old: b'{"vocab_size": null, "tokenizer": "mine"}', "not JSON with"),
-    ("retrieval_val_0.bin", None, "no *_val_*.bin")])
-def test_data_that_are_damaged_or_of_another_kind_are_named(
-        flags, corpus, tmp_path, capsys, name, change, said):
-    file = shutil.copytree(corpus, tmp_path / "retrieval") / name
-    content = change(file.read_bytes()) if change else b""
-    file.unlink()
+    ("retrieval_train_1.bin", lambda old: old[:1024] + b"\xff" * 40_000, "one tokenizer"),
+    ("retrieval_val_0.bin", shard_of(1), "two tokens or more"),
+    ("retrieval_train_0 (1).bin", lambda old: old, "copy of retrieval_train_0 (1).bin"),
+    ("meta.json", lambda old: b"vocab_size: 300", "is damaged"),
+    ("meta.json", lambda old: b'{"vocab_size": 300}', "is damaged"),
+    ("meta.json", lambda old: b'{"vocab_size": null, "tokenizer": "mine"}', "is damaged"),
+    ("encoding.json", lambda old: old[:200], "is damaged"),
+    ("retrieval_val_0.bin", None, "*_val_*.bin")])
+def test_damaged_data_are_named(flags, corpus, tmp_path, capsys, name, change, message):
+    folder = shutil.copytree(corpus, tmp_path / "retrieval")
+    original = folder / name.replace(" (1)", "")
+    content = change(original.read_bytes()) if change else original.unlink()
     if change:
-        file.write_bytes(content)
-    with stopped(capsys, name if change else "retrieval", said):
-        train_tst.main([*flags, "--data", str(file.parent), "--out", str(tmp_path / "run")])
+        (folder / name).write_bytes(content)
+    with fails(capsys, "retrieval", message):
+        train_tst.main([*flags, "--data", str(folder), "--out", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("name", ["data/python", "data/python/", "./data/python"])
-def test_the_built_in_corpus_has_its_path_by_any_name(flags, tmp_path, monkeypatch, name):
+def test_the_path_of_the_built_in_corpus_can_be_written_differently(
+        flags, tmp_path, monkeypatch, name):
     from tools import corpus
     monkeypatch.setattr(corpus, "build_python_corpus", lambda: exit("made"))
     with pytest.raises(SystemExit, match="made"):
@@ -249,14 +315,32 @@ def test_a_full_disk_keeps_the_last_checkpoint(flags, tmp_path, capsys, monkeypa
     def save(state, path):
         if state["step"] > 4:
             path.write_bytes(b"half")
-            raise RuntimeError("unexpected pos 64 vs 0")        # torch's words for a full disk
+            raise RuntimeError("unexpected pos 64 vs 0")        # PyTorch's message for a full disk
         real(state, path)
 
     monkeypatch.setattr(torch, "save", save)
-    with stopped(capsys, "ckpt.tmp cannot be written", "--resume"):
+    with fails(capsys, "ckpt.tmp cannot be written", "--resume"):
         train_tst.main([*flags, "--out", str(tmp_path / "run")])
     assert train_tst.load_checkpoint(tmp_path / "run")["step"] == 4
     assert not (tmp_path / "run/ckpt.tmp").exists()
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60), lambda: data.np.ones(1 << 55)])
+def test_a_lack_of_memory_on_a_cpu_gives_one_line(flags, tmp_path, capsys, monkeypatch, allocate):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: allocate())
+    with fails(capsys, "--micro-batch-size 8 needs more memory"):
+        train_tst.main([*flags, "--out", str(tmp_path / "run")])
+
+
+def test_names_that_a_terminal_cannot_print_are_escaped(flags, corpus, tmp_path):
+    for encoding, name in (("cp1252", "日本"), ("utf-8", os.fsdecode(b"caf\xe9"))):
+        folder = shutil.copytree(corpus, tmp_path / name)
+        done = subprocess.run([sys.executable, str(ROOT / "train_tst.py"), *flags, "--data",
+                               str(folder), "--out", str(tmp_path / encoding), "--steps", "1"],
+                              capture_output=True, text=True, cwd=ROOT,
+                              env={**os.environ, "PYTHONIOENCODING": encoding})
+        escaped = name.encode("ascii", "backslashreplace").decode()
+        assert done.returncode == 0 and escaped in done.stdout, done.stderr
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(flags, tmp_path, capsys):
@@ -266,11 +350,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags, tmp_path, capsys):
     assert end.value.code == 1 and "with a --lr below 1e+11" in capsys.readouterr().err
 
 
-def test_a_broken_compiler_leaves_the_run_eager(run, flags, tmp_path, capsys, monkeypatch):
+def test_without_a_compiler_the_run_is_not_compiled(run, flags, tmp_path, capsys, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
     train_tst.main([*flags, "--out", str(tmp_path / "other"), "--compile"])
-    assert "this run is eager (RuntimeError('no compiler'))" in capsys.readouterr().out
+    assert "the run is not compiled (RuntimeError('no compiler'))" in capsys.readouterr().out
     assert numbers(tmp_path / "other") == numbers(run)

@@ -1,13 +1,14 @@
-"""Shards from text: the built-in corpus, or your own files.
+"""Make shards of tokens from text: from the built-in corpus, or from your own files.
 
-The built-in corpus is the Python source code that every machine that can run this already has; the
-trainer makes it when it first needs it. Your own text becomes a folder for --data:
+The built-in corpus is Python source code, which every machine that runs this project has. The
+trainer builds it when it is needed for the first time. This program makes shards of other text:
 
     python tools/corpus.py notes/ book.txt corpus.jsonl --out data/mine
-    python tools/corpus.py notes/ --out data/own --tokenizer train      # no network needed
+    python tools/corpus.py notes/ --out data/own --tokenizer train      # needs no network
 """
 import argparse
 import base64
+import contextlib
 import heapq
 import importlib.util
 import io
@@ -15,6 +16,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -33,37 +35,39 @@ from data import fail
 
 END_OF_TEXT = "<|endoftext|>"
 SHARD_TOKENS = 100_000_000
-DOCUMENT_CHARS = 2 ** 16                # longer text is cut; tiktoken dies of a million spaces
-PYTHON_CORPUS = Path("data/python")     # this path names the built-in corpus, made when absent
+DOCUMENT_CHARS = 2 ** 16                # longer text is split, because tiktoken can overflow on it
+HELD_OUT = 33                           # one of 33 documents of your own text is for validation
+PYTHON_CORPUS = Path("data/python")     # the path of the built-in corpus
 PYTHON_PACKAGES = (
     "torch torchgen functorch numpy tiktoken tqdm sympy mpmath networkx jinja2 fsspec filelock "
     "regex requests urllib3 idna certifi charset_normalizer").split()
-VOCAB_SIZE = 1024                       # of the built-in corpus, end-of-text included
-BPE_SAMPLE = 8_000_000                  # characters the vocabulary is trained on
-# What byte pairs may merge within: a word with the character before it, three digits,
-# punctuation, and a line break with the next line's indentation, of which source code is full.
+VOCAB_SIZE = 1024                       # of the built-in corpus, with the end-of-text token
+BPE_SAMPLE = 8_000_000                  # number of characters on which a vocabulary is trained
+# Byte pairs are merged only within a match of this expression: a word with the character before
+# it, up to three digits, punctuation, or a line break with the indentation of the next line
 PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+ *)?"
            r"|\s*[\r\n]+ *|\s+(?!\S)|\s+")
-# Your own text may have marks in its words: vowels in Hindi or Thai, say.
+# In your own text, a word can have combining marks, such as the vowels of Hindi or Thai
 OWN_PATTERN = PATTERN.replace(r"\p{L}\p{N}", r"\p{L}\p{M}\p{N}").replace(
     r"\p{L}+", r"[\p{L}\p{M}]+")
-PATTERNS = {                            # of the tokenizers whose files hold byte pairs alone
+PATTERNS = {                            # for tokenizer files, which hold only the byte pairs
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
-
-HELD_OUT = 33                           # of so many documents of your own text
-TEXT, JSON = "text: {}", "JSON lines: {}"           # kinds of files, as they are listed
-OTHER = ("skipped, since it is not UTF-8 text: {}; `gunzip` opens a .gz, `unzstd` a .zst, and `pip "
-         "install pandas pyarrow && python -c \"import pandas; pandas.read_parquet('FILE').to_json("
-         "'FILE.jsonl', orient='records', lines=True)\"` a .parquet")
+TEXT, JSON, FOLDER = "text", "JSON lines", "folder"     # all other kinds of paths are skipped
+UTF16 = ("skipped, because it is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW`, or "
+         "in PowerShell with `Get-Content FILE | Set-Content -Encoding utf8 NEW`")
+BINARY = ("skipped, because it is not UTF-8 text; open a .gz with `gunzip`, a .zst with `unzstd`, "
+          "and a .parquet with `pip install pandas pyarrow && python -c \"import pandas; pandas."
+          "read_parquet('FILE').to_json('FILE.jsonl', orient='records', lines=True)\"`")
 
 
 def build_corpus(folder, name, read, split, choose_encoding):
-    """Make folder of the texts of read(), an iterator of (source, text), each text once.
+    """Make a folder of shards from the texts of read(), which yields (source, text).
 
-    split(k, source) is the split of the k-th text, from 0. choose_encoding(texts) makes a
-    tiktoken.Encoding, of training text alone. Texts need not fit into memory: they are read twice.
+    Each text is used once. split(k, source) is the split of the k-th text. choose_encoding(texts)
+    makes a tiktoken.Encoding from the training texts. Because read() is called twice, the texts
+    need not fit into memory.
     """
     def documents():
         for k, (source, text) in enumerate(distinct(read())):
@@ -74,7 +78,7 @@ def build_corpus(folder, name, read, split, choose_encoding):
 
 
 def distinct(documents):
-    """Yield those (source, text) of documents whose text has not been there."""
+    """Yield each (source, text) whose text has not occurred before."""
     seen = set()
     for source, text in documents:
         digest = sha256(text.encode()).digest()[:8]
@@ -84,28 +88,23 @@ def distinct(documents):
 
 
 def write_corpus(folder, name, documents, encoding):
-    """Tokenize documents, an iterator of (text, split), each after end-of-text, into a new folder.
+    """Tokenize documents, an iterator of (text, split), into a new folder of shards.
 
-    It is built beside its place and then renamed, so that nobody ever sees half of one.
-    SystemExit(2) if there is nothing to train on or nothing held out.
+    An end-of-text token precedes each document. SystemExit(2) if a split has no text.
     """
     dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
-        tokens, new = Path(temporary, "tokens"), Path(temporary, "new")
-        tokens.mkdir()                  # a file of tokens for each split
-        new.mkdir()
+    with new_folder(folder) as new, tempfile.TemporaryDirectory(dir=new.parent) as tokens:
         documents = iter(tqdm(documents, "tokenizing", unit=" documents", disable=None))
         while batch := list(itertools.islice(documents, 128)):
             texts = [text for text, _ in batch]
             ids = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-            for split in {split for _, split in batch}:
-                with open(tokens / split, "ab") as file:
+            for split in {split for _, split in batch}:         # one file of tokens for each split
+                with open(Path(tokens, split), "ab") as file:
                     file.writelines(np.array([encoding.eot_token, *document], dtype)
                                     for (_, its), document in zip(batch, ids) if its == split)
-        if not ((tokens / "train").exists() and (tokens / "val").exists()):
-            fail(f"{folder}: too little distinct text to train on some and hold out some: add text")
-        for path in tokens.iterdir():
+        if not (Path(tokens, "train").exists() and Path(tokens, "val").exists()):
+            fail(f"{folder} would have no training text or no validation text. Add distinct text.")
+        for path in Path(tokens).iterdir():
             for k, start in enumerate(range(0, path.stat().st_size, SHARD_TOKENS * dtype.itemsize)):
                 write_shard(new / f"{name}_{path.name}_{k:06d}.bin",
                             np.fromfile(path, dtype, SHARD_TOKENS, offset=start))
@@ -114,17 +113,42 @@ def write_corpus(folder, name, documents, encoding):
         meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab,
                 "hash": sha256("".join(digests).encode()).hexdigest()}
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        if is_new(folder):              # or a second builder was quicker, with the same result
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield a temporary folder, which gets the name `folder` at the end, when it is complete.
+
+    It also removes what a killed process has left behind. Whoever works in the parent folder holds
+    a shared lock on it, so that an exclusive lock shows that nobody does.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):     # Windows and some disks have no locks
+            import fcntl
+            lock = os.open(folder.parent, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in folder.parent.glob(f"{folder.name}.unfinished-*"):
+                    shutil.rmtree(left)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(
+            prefix=f"{folder.name}.unfinished-", dir=folder.parent))
+        new = Path(temporary, "new")
+        new.mkdir()
+        yield new
+        if is_new(folder):              # otherwise another process was faster
             new.replace(folder)
 
 
 def is_new(folder):
-    """Whether there is nothing yet at this path, or an empty folder."""
+    """Whether this path does not exist, or is an empty folder."""
     return not folder.exists() or folder.is_dir() and not any(folder.iterdir())
 
 
 def write_shard(path, tokens):
-    """Write tokens, (count,) uint16 or uint32, as an llm.c shard."""
+    """Write tokens, (count,) uint16 or uint32, as a shard in llm.c's format."""
     kind, dtype = next(item for item in data.FORMATS.items() if item[1].itemsize == tokens.itemsize)
     header = np.zeros(data.HEADER_BYTES // 4, "<i4")
     header[:3] = *kind, len(tokens)
@@ -134,7 +158,7 @@ def write_shard(path, tokens):
 
 
 def save_encoding(encoding, folder):
-    """Write a tiktoken.Encoding whole, so that the folder needs no other file and no network."""
+    """Write a tiktoken.Encoding to encoding.json, so that the folder needs no network."""
     ranks = encoding._mergeable_ranks.items()
     (folder / "encoding.json").write_text(json.dumps({
         "name": encoding.name, "pat_str": encoding._pat_str,
@@ -142,24 +166,53 @@ def save_encoding(encoding, folder):
         "special_tokens": encoding._special_tokens}))
 
 
-def train_bpe(texts, n, pattern=PATTERN):
-    """Byte-pair ranks, {bytes: rank} with at most n, from the first BPE_SAMPLE characters of texts.
+def load_encoding(folder):
+    """The tiktoken.Encoding in a folder's encoding.json, or None if there is no such file."""
+    path = Path(folder, "encoding.json")
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())
+            return make_encoding(stored["name"], stored["pat_str"],
+                                 stored["mergeable_ranks"].items(), stored["special_tokens"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            fail(f"{path} is damaged ({first_line(error)}). Restore the file.")
 
-    Distinct words are counted once, and a merge touches only the words that hold its pair. A word
-    is a string with one character a token, so merging is str.replace. Ties go to the smaller pair.
+
+def make_encoding(name, pattern, pairs, special=None):
+    """A tiktoken.Encoding of pairs (token, rank) and special tokens (default: end-of-text alone).
+
+    A token is bytes, or in base64 a str. ValueError if the pairs would make tiktoken crash.
+    """
+    pairs = [(base64.b64decode(token, validate=True) if isinstance(token, str) else token, int(rank))
+             for token, rank in pairs]
+    ranks = dict(pairs)
+    if len(ranks) < len(pairs) or len(set(ranks.values())) < len(pairs):
+        raise ValueError("a token or a rank occurs twice")
+    if any(bytes([byte]) not in ranks for byte in range(256)) or min(ranks.values()) < 0:
+        raise ValueError("a byte has no rank")
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens=special or {END_OF_TEXT: max(ranks.values()) + 1})
+
+
+def train_bpe(texts, n, pattern=PATTERN):
+    """Train a byte-pair vocabulary of at most n tokens -> {token: rank}.
+
+    Uses the first BPE_SAMPLE characters of the texts. Equal words are counted once, and a merge
+    only visits the words that contain its pair. A word is a string with one character per token,
+    so that a merge is a str.replace. Of equally frequent pairs the smaller one is merged.
     """
     words_seen, size = Counter(), 0
     for text in texts:
-        text = text[:BPE_SAMPLE // 50]          # no file is more than a fiftieth of the sample
+        text = text[:BPE_SAMPLE // 50]          # no text is more than a fiftieth of the sample
         words_seen.update(regex.findall(pattern, text))
         size += len(text)
         if size >= BPE_SAMPLE:
             break
     words = ["".join(map(chr, word.encode())) for word in words_seen]
     counts = list(words_seen.values())
-    total = Counter()                           # how often each pair occurs
-    holders = defaultdict(set)                  # the words that have had it
-    changed = set()                             # the pairs whose count the heap does not know yet
+    total = Counter()                           # {pair: how often it occurs}
+    holders = defaultdict(set)                  # {pair: the words that have contained it}
+    changed = set()                             # the pairs whose new count is not in the heap yet
 
     def tally(i, sign):
         for first, second in zip(words[i], words[i][1:]):
@@ -176,7 +229,7 @@ def train_bpe(texts, n, pattern=PATTERN):
             heapq.heappush(heap, (-total[pair], pair))
         changed.clear()
         count, pair = heapq.heappop(heap)
-        if -count != total[pair] or count == 0:  # an entry from before its count changed
+        if -count != total[pair] or count == 0:  # the count has changed since this entry was made
             continue
         for i in holders.pop(pair):
             tally(i, -1)
@@ -187,28 +240,22 @@ def train_bpe(texts, n, pattern=PATTERN):
 
 
 def spread(texts):
-    """A sample of all texts in fixed memory: BPE_SAMPLE characters, of those of smallest hash."""
+    """A random sample of BPE_SAMPLE characters from all texts: the texts with the smallest hash."""
     kept, size = [], 0
     for text in texts:
         heapq.heappush(kept, (-int(sha256(text.encode()).hexdigest(), 16), text))
         size += len(text)
         while size > BPE_SAMPLE:
-            size -= len(heapq.heappop(kept)[1])         # the one with the largest hash
+            size -= len(heapq.heappop(kept)[1])         # the text with the largest hash
     return [text for _, text in kept]
 
 
-def byte_pair_encoding(name, pattern, ranks):
-    """The tiktoken.Encoding of ranks {bytes: id}, with end-of-text after the last id."""
-    special = {END_OF_TEXT: max(ranks.values()) + 1}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
 def download_encoding(name, remedy):
-    """tiktoken's Encoding of that name, downloaded once. SystemExit(2), with a remedy, if not."""
+    """The tiktoken.Encoding with this name, downloaded once. SystemExit(2) if that fails."""
     try:
         return tiktoken.get_encoding(name)
-    except Exception as error:          # of the name, of the connection, of the disk
-        fail(f"tokenizer {name}: tiktoken cannot load it ({first_line(error)}); {remedy}")
+    except Exception as error:          # an unknown name, no connection, or no space on the disk
+        fail(f"tiktoken cannot load the tokenizer {name} ({first_line(error)}). {remedy}")
 
 
 def first_line(error):
@@ -216,21 +263,19 @@ def first_line(error):
 
 
 def build_python_corpus(folder=PYTHON_CORPUS, vocab_size=VOCAB_SIZE):
-    """Make the built-in corpus in folder, unless it is there: runs need the data that they had.
+    """Build the built-in corpus, unless the folder has one already, because runs depend on it.
 
-    It is the Python source of the standard library, of the runtime packages and of what those
-    require, with a vocabulary of vocab_size trained on it.
+    The text is the source code of Python's standard library, of the runtime packages, and of the
+    packages that they require. The vocabulary is trained on it.
     """
-    if not is_new(folder):
-        return
-    print(f"building {folder} from the Python source on this machine, once", flush=True)
-    build_corpus(folder, "python", read_python, lambda k, name: split_of(name),
-                 lambda texts: byte_pair_encoding("python", PATTERN,
-                                                  train_bpe(texts, vocab_size - 1)))
+    if is_new(folder):
+        print(f"Building {folder} from the Python source code on this machine (once).", flush=True)
+        build_corpus(folder, "python", read_python, lambda k, name: split_of(name), lambda texts:
+                     make_encoding("python", PATTERN, train_bpe(texts, vocab_size - 1).items()))
 
 
 def read_python():
-    """Yield (name, text) of the corpus's files, sorted by name and shuffled with a fixed seed."""
+    """Yield (name, text) of all files of the built-in corpus, in a shuffled but fixed order."""
     roots = {"python": sysconfig.get_path("stdlib")}
     for package in PYTHON_PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -245,57 +290,65 @@ def read_python():
     files.sort()
     random.Random(0).shuffle(files)
     for name, path in files:
-        try:
-            text = path.read_bytes().decode()
-        except UnicodeDecodeError:      # a few old modules are Latin-1
-            continue
-        yield name, text
+        with contextlib.suppress(UnicodeDecodeError):           # a few old modules are in Latin-1
+            yield name, path.read_bytes().decode()
 
 
 def split_of(name):
-    """The split of a file, by a hash of its name: 3% each to validation and test."""
+    """The split of a file, from a hash of its name: 3% are for validation and 3% for the test."""
     percent = int(sha256(name.encode()).hexdigest(), 16) % 100
     return "val" if percent < 3 else "test" if percent < 6 else "train"
 
 
 def own_split(k, source):
-    """Of every HELD_OUT documents the last is for validation, and the next one for test."""
+    """Of HELD_OUT documents the last is for validation, and the next one is for the test."""
     if k % HELD_OUT == HELD_OUT - 1:
         return "val"
     return "test" if k % HELD_OUT == 0 and k > 0 else "train"
 
 
-def find_files(paths, field, only=("*",)):
-    """List the files, those of folders too, but hidden ones: [(path, TEXT or JSON)], shuffled.
+def find_files(paths, field, only):
+    """Print what is read and what is skipped -> [(path, TEXT or JSON)], in a shuffled fixed order.
 
-    Of a folder's files those are read whose name matches one of the patterns in only.
+    A file in a folder is read if its name matches one of the patterns in `only`.
     """
-    kinds = {}
+    kinds = {}                          # {path: TEXT, JSON, or why the path is skipped}
     for given in map(Path, paths):
-        for path in sorted(given.rglob("*")) if given.is_dir() else [given]:
-            hidden = any(part.startswith(".") for part in path.relative_to(given).parts)
-            wanted = not hidden and any(path.match(pattern) for pattern in only)
-            if path == given or path.is_file() and wanted:
-                kinds[path] = kind_of(path, field)
-    for kind in (TEXT, JSON, OTHER):
+        if not given.exists():
+            fail(f"{given} does not exist. Correct the path.")
+        for path in [given, *sorted(given.rglob("*"))]:
+            kinds[path] = kind_of(path, given, field, only)
+    for kind in sorted(set(kinds.values()) - {FOLDER}, key=lambda kind: ("skipped" in kind, kind)):
         found = [str(path) for path in kinds if kinds[path] == kind]
-        if found:
-            print(kind.format(f"{len(found):,} files, {', '.join(found[:4])}"), flush=True)
-    files = [(path, kind) for path, kind in kinds.items() if kind != OTHER]
+        print(f"{kind}: {len(found):,} files, {', '.join(found[:4])}", flush=True)
+    files = [(path, kind) for path, kind in kinds.items() if kind in (TEXT, JSON)]
     random.Random(0).shuffle(files)     # so that the held-out documents come from every folder
     return files
 
 
-def kind_of(path, field):
-    """TEXT, or JSON if the name or the first two lines of a file say so; OTHER if not UTF-8."""
+def kind_of(path, given, field, only):
+    """JSON if the name or the first two lines of a file say so, TEXT, or why it is skipped."""
+    if any(part.startswith(".") for part in path.relative_to(given).parts):
+        return "skipped, because the name begins with a dot"
+    if not os.access(path, os.R_OK):
+        return "skipped, because it cannot be read"
+    if path.is_dir():
+        return "skipped, because it is a link" if path != given and path.is_symlink() else FOLDER
+    if not path.is_file() or path.stat().st_size == 0:
+        return "skipped, because it is empty"
+    if path != given and not any(path.match(pattern) for pattern in only):
+        return "skipped, because the name does not match --only"
+    with open(path, "rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):          # the byte-order marks of UTF-16
+            return UTF16
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = [file.readline(2 ** 24), file.readline(2 ** 24)]
             rest = iter(lambda: file.read(2 ** 20), "")
             if any("\0" in part for part in itertools.chain(lines, rest)):
-                return OTHER            # binary files have zero bytes
+                return BINARY           # text has no zero bytes
     except UnicodeDecodeError:
-        return OTHER
+        return BINARY
     if path.suffix.lower() in (".jsonl", ".ndjson", ".jsonlines"):
         return JSON
     try:
@@ -307,7 +360,7 @@ def kind_of(path, field):
 
 
 def read_documents(files, field, size):
-    """Yield (path, text) of files' texts, in parts of at most size characters, to a line's end."""
+    """Yield (path, text). Long texts are cut after at most size characters, at the end of a line."""
     for path, kind in files:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for text in [file] if kind == TEXT else json_texts(path, file, field):
@@ -317,62 +370,65 @@ def read_documents(files, field, size):
 
 
 def json_texts(path, lines, field):
-    """Yield that field of each line as a file. SystemExit(2) on a line without text there."""
+    """Yield the text of each line's field as a file. SystemExit(2) on a line without text there."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 text = json.loads(line)[field]
-                yield io.StringIO(text.encode(errors="replace").decode())   # of half an emoji: ?
+                yield io.StringIO(text.encode(errors="replace").decode())   # half an emoji: "?"
             except (ValueError, LookupError, TypeError, AttributeError):
-                fail(f"{path}:{number}: no JSON object with text in its field {field!r}; mend it, "
-                     "or say --field")
+                fail(f"{path}:{number} is not a JSON object with text in the field {field!r}. "
+                     "Correct the line, or choose another --field.")
 
 
 def choose_encoding(args, texts):
-    """The tiktoken.Encoding that --tokenizer says: `train` (on texts), a BPE file, or a name."""
+    """The tiktoken.Encoding of --tokenizer: trained on texts, from a BPE file, or from tiktoken."""
     name = args.tokenizer
     if name == "train":
-        ranks = train_bpe(spread(texts), args.vocab_size - 1, OWN_PATTERN)
-        return byte_pair_encoding("trained", OWN_PATTERN, ranks)
+        return make_encoding("trained", OWN_PATTERN,
+                             train_bpe(spread(texts), args.vocab_size - 1, OWN_PATTERN).items())
     if args.pattern:
         try:
-            pairs = [line.split() for line in Path(name).read_bytes().splitlines()]
-            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-            return byte_pair_encoding(Path(name).stem, PATTERNS[args.pattern], ranks)
-        except ValueError:
-            fail(f"--tokenizer {name}: no tiktoken BPE file, whose lines are base64 and a rank")
-    return download_encoding(name, f"tiktoken has {', '.join(tiktoken.list_encoding_names())}; a "
-                             "BPE file needs --pattern; --tokenizer train needs no network")
+            lines = [line.split() for line in Path(name).read_text().splitlines() if line.strip()]
+            return make_encoding(Path(name).stem, PATTERNS[args.pattern], lines)
+        except ValueError as error:
+            fail(f"--tokenizer {name} is not a complete BPE file, whose lines are a token in base64 "
+                 f"and a rank ({error}). Download the file again.")
+    return download_encoding(name, "Use a name that tiktoken knows (such as gpt2), a BPE file with "
+                             "--pattern, or --tokenizer train, which needs no network.")
 
 
 def main(argv=None):
-    """Tokenize as argv says (default: the command line). SystemExit(2) on bad input."""
+    """Tokenize as argv (default: the command line) says. SystemExit(2) on bad input."""
     parser = argparse.ArgumentParser(description="Make shards from text.", allow_abbrev=False)
     parser.error, flag = fail, parser.add_argument
-    flag("paths", nargs="+", help="files of text or JSON lines, and folders of them")
+    flag("paths", nargs="+", help="files of text or of JSON lines, and folders with such files")
     flag("--out", type=Path, required=True, help="the new folder")
-    flag("--tokenizer", default="gpt2",
-         help="tiktoken's name of it, a tiktoken BPE file, or train, on the text (default: gpt2)")
-    flag("--pattern", choices=PATTERNS, help="how text is split, for a tokenizer from a file")
-    flag("--vocab-size", type=int, default=VOCAB_SIZE, help="for train (default: %(default)s)")
+    flag("--tokenizer", default="gpt2", help="the name of a tokenizer that tiktoken knows, a BPE "
+         "file of tiktoken, or train to train one on the text (default: gpt2)")
+    flag("--pattern", choices=PATTERNS, help="the expression that splits text, for a BPE file")
+    flag("--vocab-size", type=int, default=VOCAB_SIZE,
+         help="the number of tokens for --tokenizer train (default: %(default)s)")
     flag("--only", nargs="+", default=["*"], metavar="PATTERN",
          help='names of the files that are read in folders, such as "*.c" "*.h" (default: all)')
-    flag("--field", default="text", help="of JSON lines' objects (default: text)")
+    flag("--field", default="text", help="the field with the text in JSON lines (default: text)")
     args = parser.parse_args(argv)
     if not is_new(args.out):
-        fail(f"--out {args.out} holds other data; name a new folder, or delete it")
+        fail(f"--out {args.out} holds other data. Choose a new folder, or delete this one.")
     if args.vocab_size < 257:
-        fail(f"--vocab-size {args.vocab_size}: 256 bytes and end-of-text need 257")
+        fail(f"--vocab-size {args.vocab_size} is too small. Choose 257 (256 bytes and the "
+             "end-of-text token) or more.")
     try:
         files = find_files(args.paths, args.field, args.only)
-        # Of a small text (as its first documents tell) none is above half of what may be held out
+        # A small text is cut into small documents, so that those of the validation split are few
+        # percent of it. The first 10,000 documents tell whether the text is small
         documents = distinct(read_documents(files, args.field, DOCUMENT_CHARS))
         total = sum(len(text) for _, text in itertools.islice(documents, 10_000))
         size = max(1, min(DOCUMENT_CHARS, total // (2 * HELD_OUT)))
         build_corpus(args.out, "text", lambda: read_documents(files, args.field, size), own_split,
                      lambda texts: choose_encoding(args, texts))
     except OSError as error:
-        fail(f"{error.filename or args.out}: {error.strerror or error}; mend it, or change --out")
+        fail(f"{error.filename or args.out}: {error.strerror or error}. Remove the cause.")
     print(f"{args.out} is ready: python train_tst.py --data {args.out}")
 
 

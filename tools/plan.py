@@ -20,6 +20,10 @@ from model import GPT, Config
 from tools.corpus import SHARD_TOKENS, VOCAB_SIZE
 
 
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "4090": 165e12, "T4": 65e12}      # dense, 16 bits, as their makers state them
+
+
 def plan(args, vocab_size, gpu="H100", devices=1, mfu=0.4):
     """{what: how much} of the run of args, from train_tst.parse. A GB is 1e9 bytes."""
     c = Config(**{name: getattr(args, name) for name in train_tst.SHAPE}, vocab_size=vocab_size)
@@ -31,7 +35,7 @@ def plan(args, vocab_size, gpu="H100", devices=1, mfu=0.4):
     positions, switch = args.batch_size * args.seq_len, round(args.r * args.steps)
     superposition, recovery = switch * args.s * positions, (args.steps - switch) * positions
     flops = float(model.flops_per_position() * positions)               # of a step
-    hours = flops * args.steps / (train_tst.PEAK_FLOPS[gpu] * mfu * devices) / 3600
+    hours = flops * args.steps / (PEAK_FLOPS[gpu] * mfu * devices) / 3600
 
     # Numbers kept for a layer and position: two norms' inputs and outputs; q, k, what v is a slice
     # of, attention's output; gate, up, their product. Eager: silu(gate), norms' inputs in 32 bits
@@ -58,7 +62,7 @@ def main(argv=None):
     """Print the plan of argv (default: the command line). SystemExit(2) on bad input."""
     parser = argparse.ArgumentParser(allow_abbrev=False, epilog="And every flag of train_tst.py.")
     parser.error, flag = fail, parser.add_argument
-    flag("--gpu", type=str.upper, choices=train_tst.PEAK_FLOPS, default="H100")
+    flag("--gpu", type=str.upper, choices=PEAK_FLOPS, default="H100")
     flag("--devices", type=int, default=1, help="processes, one a GPU (default: 1)")
     flag("--mfu", type=float, default=0.4, help="utilisation of its 16-bit peak (default: 0.4)")
     flag("--vocab-size", type=int, help="default: the built-in corpus's with it, else GPT-2's")

@@ -1,4 +1,4 @@
-"""Text from a trained model, by its run's folder.
+"""Print text from a trained model.
 
     python tools/sample.py runs/tiny-s4-r0.2-seed0 --prompt "def main"
 """
@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import fail, load_encoding
+from data import fail
 from model import GPT, Config
-from train_tst import best_device, find_device, load_checkpoint
+from tools.corpus import load_encoding
+from train_tst import find_device, load_checkpoint
 
 
 def load_model(path, device="cpu"):
-    """The trained GPT and its tiktoken.Encoding (or None), of a run's folder or a checkpoint."""
+    """The trained GPT and its tiktoken.Encoding (or None), from a run's folder or a checkpoint."""
     checkpoint, path = load_checkpoint(path), Path(path)
     with torch.device(device):
         model = GPT(Config(**checkpoint["config"]))
@@ -25,18 +26,27 @@ def load_model(path, device="cpu"):
     return model.eval(), load_encoding(path if path.is_dir() else path.parent)
 
 
+def need_encoding(encoding, run):
+    """The encoding, or SystemExit(2) if the run has none."""
+    folder = run if Path(run).is_dir() else Path(run).parent
+    return encoding or fail(
+        f"{folder} has no encoding.json, which is the tokenizer. If the tokenizer is GPT-2's, run "
+        f"python tools/fineweb.py --shards 0 --out {folder}")
+
+
 @torch.no_grad()
 def generate(model, ids, n, known=None, temperature=0.8, top_k=50, generator=None):
-    """Yield n token ids that continue the list ids, from its last seq_len; temperature 0 is greedy.
+    """Yield n token ids that continue the list ids. The model sees the last seq_len ids.
 
-    They are from the list known, since a model may have ids that no token has; None: all of them.
-    Every token runs the whole context again, since a key-value cache would complicate the model.
+    Only ids in the list known are sampled, because a vocabulary can have ids without a token; None
+    means all ids. Temperature 0 is greedy. The model computes the whole context for each token,
+    because a key-value cache would complicate it.
     """
     device = model.embedding.weight.device
     known = torch.tensor(known or range(model.config.vocab_size), device=device)
     for _ in range(n):
         context = torch.tensor(ids[-model.config.seq_len:], device=device)
-        logits = model(context.view(1, -1, 1))[0, -1, known].float()    # bags of one
+        logits = model(context.view(1, -1, 1))[0, -1, known].float()    # bags of one token
         top, index = logits.topk(1 if temperature < 1e-6 else min(top_k, len(known)))
         p = torch.softmax(top / max(temperature, 1e-6), dim=-1).cpu()
         token = known[index[torch.multinomial(p, 1, generator=generator)]].item()
@@ -45,36 +55,33 @@ def generate(model, ids, n, known=None, temperature=0.8, top_k=50, generator=Non
 
 
 def main(argv=None):
-    """Print samples as argv says (default: the command line). SystemExit(2) on bad input."""
+    """Print samples as argv (default: the command line) says. SystemExit(2) on bad input."""
     parser = argparse.ArgumentParser(description="Sample from a trained model.", allow_abbrev=False)
     parser.error, flag = fail, parser.add_argument
-    flag("run", help="a run's folder, or a checkpoint file in it")
-    flag("--prompt", default="", help="text to continue; - reads standard input")
-    flag("--tokens", type=int, default=200, help="to add at most (default: 200)")
+    flag("run", help="the folder of a run, or a checkpoint in it")
+    flag("--prompt", default="", help="the text to continue; - reads the standard input")
+    flag("--tokens", type=int, default=200, help="the most tokens to add (default: 200)")
     flag("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    flag("--top-k", type=int, default=50, help="sample among the k likeliest (default: 50)")
-    flag("--seed", type=int, default=0, help="(default: 0)")
-    flag("--n", type=int, default=1, help="samples, a line of --- between them (default: 1)")
-    flag("--device", default=best_device(), help="cuda, cuda:1, mps or cpu (default: %(default)s)")
+    flag("--top-k", type=int, default=50, help="sample from the k likeliest tokens (default: 50)")
+    flag("--seed", type=int, default=0, help="the seed of the random choices (default: 0)")
+    flag("--n", type=int, default=1, help="the number of samples, with --- between (default: 1)")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+         help="cuda, cuda:1, mps or cpu (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name, low in dict(tokens=0, temperature=0, top_k=1, seed=0, n=1).items():
-        if not getattr(args, name) >= low:          # nan is not either
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {low} on")
+    for name, least in dict(tokens=0, temperature=0, top_k=1, seed=0, n=1).items():
+        if not getattr(args, name) >= least:            # also true for nan
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is below {least}. Increase it.")
     model, encoding = load_model(args.run, find_device(args.device))
-    if encoding is None:
-        folder = args.run if Path(args.run).is_dir() else Path(args.run).parent
-        fail(f"{folder} has no encoding.json, its tokenizer: if that is GPT-2's, "
-             f"python tools/fineweb.py --shards 0 --out {folder}")
+    encoding = need_encoding(encoding, args.run)
     known = [*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()]
     prompt = args.prompt
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode(errors="replace")
-    start = [encoding.eot_token, *encoding.encode_ordinary(prompt)]     # so documents begin
+    start = [encoding.eot_token, *encoding.encode_ordinary(prompt)]     # as documents begin
     generator = torch.Generator().manual_seed(args.seed)
-    sys.stdout.reconfigure(errors="replace")        # a terminal may be ASCII
     for k in range(args.n):
         print("---\n" if k > 0 else "", prompt, sep="", end="", flush=True)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be half a letter
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token can be half a letter
         for token in generate(model, start, args.tokens, known, args.temperature, args.top_k,
                               generator):
             if token == encoding.eot_token:
@@ -87,4 +94,4 @@ if __name__ == "__main__":
     try:
         main()
     except (KeyboardInterrupt, BrokenPipeError):
-        os._exit(130)                   # at once, without flushing to a pipe that is gone
+        os._exit(130)                   # without flushing to a pipe that nobody reads
