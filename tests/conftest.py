@@ -51,3 +51,33 @@ def flags(corpus):
     return ("--model tiny --device cpu --n-layer 2 --n-embd 32 --n-head 4 --n-kv-head 2 "
             "--n-hidden 48 --seq-len 16 --batch-size 8 --steps 12 --s 3 --r 0.5 --eval-every 4 "
             f"--data {corpus}").split()
+
+
+def export_and_load(run, folder):
+    """Export a run, and require that transformers computes the same logits and greedy text.
+
+    Return the model of transformers, the fields of config.json, and the shapes {name: list} of the
+    tensors in model.safetensors.
+    """
+    transformers = pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors")
+    from tools import export, sample
+    export.main([str(run), str(folder)])
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True)
+    assert not any(report.values())     # no tensor is missing, unexpected or of another shape
+    model, _ = sample.load_model(run)
+    torch.manual_seed(0)
+    ids = torch.randint(0, VOCAB, (2, 16))
+    with torch.no_grad():
+        ours = model(ids[..., None])[..., :VOCAB]
+        torch.testing.assert_close(theirs(ids).logits, ours, rtol=1e-4, atol=1e-4)
+    prompt = ids[:1, :5]
+    text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                           max_new_tokens=8)
+    greedy = sample.generate(model, prompt[0].tolist(), 8, temperature=0)
+    assert text[0, 5:].tolist() == list(greedy)
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}      # older versions require this
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    return theirs, json.loads((folder / "config.json").read_text()), shapes

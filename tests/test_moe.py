@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, VOCAB
+from conftest import ROOT, VOCAB, export_and_load
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_tst
 from model import GPT, Config, MoE, multi_hot_cross_entropy
-from tools import export, sample
+from tools import export
 
 SMALL = Config(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_hidden=24, n_expert=5, n_active=2,
                head_dim=16, qk_norm=True, vocab_size=VOCAB, seq_len=16)     # heads: twice the width
@@ -167,15 +167,29 @@ def test_one_process_ddp_and_fsdp_train_the_same_over_the_switch(moe_flags, tmp_
         torch.testing.assert_close(models[name], models["one"], rtol=1e-8, atol=1e-10)
 
 
-def test_the_export_is_qwens_model_with_the_same_logits(moe_flags, tmp_path):
-    transformers = pytest.importorskip("transformers", minversion="5")
-    train_tst.main([*moe_flags, "--head-dim", "16", "--out", str(tmp_path / "run")])
-    export.main([str(tmp_path / "run"), str(tmp_path / "hf")])
-    theirs = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "hf")
-    model, _ = sample.load_model(tmp_path / "run")
-    ids = torch.randint(0, VOCAB, (2, 16))
-    with torch.no_grad():
-        logits = model(ids[..., None])[..., :VOCAB]
-        torch.testing.assert_close(theirs(ids).logits, logits, rtol=1e-4, atol=1e-4)
-    with pytest.raises(SystemExit):     # they have no class for it
-        export.hugging_face(GPT(replace(SMALL, qk_norm=False)), None)
+@pytest.mark.parametrize("n_hidden", [24, 22])      # 22 is not a multiple of 8
+def test_the_export_is_qwens_model_in_versions_4_and_5_of_transformers(
+        moe_flags, tmp_path, n_hidden):
+    if n_hidden % 8:                    # earlier versions 5 compute only multiples of 8
+        pytest.importorskip("transformers", minversion="5.4")
+    train_tst.main([*moe_flags, "--head-dim", "16", "--n-hidden", str(n_hidden),
+                    "--rope-theta", "500000", "--out", str(tmp_path / "run")])
+    theirs, config, shapes = export_and_load(tmp_path / "run", tmp_path / "hf")
+    assert type(theirs).__name__ == "Qwen3MoeForCausalLM"
+    expected = dict(rope_theta=500_000, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True)
+    assert expected.items() <= config.items() and "num_local_experts" not in config
+    projections = dict(gate=[n_hidden, 32], up=[n_hidden, 32], down=[32, n_hidden])
+    expected = {f"model.layers.{i}.mlp.experts.{e}.{name}_proj.weight": shape
+                for i in range(2) for e in range(5) for name, shape in projections.items()}
+    assert {name: shape for name, shape in shapes.items() if "experts" in name} == expected
+
+
+@pytest.mark.parametrize("shape, wrong", [
+    (dict(qk_norm=False), "experts but no --qk-norm"),
+    (dict(n_expert=0), "--qk-norm but no experts"),
+    (dict(n_expert=0, qk_norm=False, n_head=6), "--n-embd 32, which --n-head 6 does not divide")])
+def test_a_model_that_transformers_does_not_have_is_not_exported(shape, wrong, capsys):
+    with pytest.raises(SystemExit) as end:
+        export.hugging_face(GPT(replace(SMALL, **shape)), None)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and wrong in said

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
-import torch
-from conftest import VOCAB
+from conftest import export_and_load
 
 import data
 import train_tst
@@ -172,18 +171,49 @@ def test_no_id_without_a_token_is_sampled(run, capsys):
     assert len(capsys.readouterr().out) > 300
 
 
-def test_the_export_is_the_same_model_and_tokenizer(run, tmp_path, capsys):
+def test_the_export_means_the_same_in_versions_4_and_5_of_transformers(flags, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    export.main([str(run), str(tmp_path / "hf")])
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    model, encoding = sample.load_model(run)
-    ids = torch.randint(0, VOCAB, (2, 16))
-    with torch.no_grad():
-        ours = model(ids[..., None])[..., :VOCAB]
-        torch.testing.assert_close(theirs(ids).logits, ours, rtol=1e-4, atol=1e-4)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert tokenizer.encode("ab ac") == encoding.encode("ab ac")
-    assert "holds something" in refused(capsys, export.main, run, tmp_path / "hf")
+    run, folder = tmp_path / "run", tmp_path / "hf"
+    train_tst.main([*flags, "--rope-theta", "500000", "--out", str(run)])
+    theirs, config, shapes = export_and_load(run, folder)
+    assert config["rope_theta"] == 500_000 and "rope_parameters" not in config
+    assert (config["transformers_version"], config["max_position_embeddings"]) == ("4.57.0", 16)
+    assert shapes == {name: list(p.shape) for name, p in theirs.state_dict().items()}
+
+    encoding, text = data.load_encoding(run), "ab ac<|endoftext|>\r\n  12345 é\t"
+    stored = json.loads((folder / "tokenizer_config.json").read_text())
+    assert stored["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode(text) == encoding.encode(text, allowed_special="all")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert list(tokenizer(text)) == ["input_ids", "attention_mask"]     # generate takes no others
+    assert tokenizer.model_max_length == 16
+    ids = {encoding.eot_token}
+    for part in tokenizer, theirs.config, theirs.generation_config:
+        assert {part.bos_token_id, part.eos_token_id} == ids
+    assert "holds something" in refused(capsys, export.main, run, folder)
+
+
+def test_an_export_without_an_equal_tokenizer_says_so(run, tmp_path, capsys):
+    transformers, path = pytest.importorskip("transformers"), run / "encoding.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "special_tokens": {}}))
+    theirs, *_ = export_and_load(run, tmp_path / "no end of text")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "no end of text")
+    assert (len(tokenizer), tokenizer.eos_token, theirs.config.eos_token_id) == (299, None, None)
+    # tokenizers does not know (?s), and the -- that excludes c in tiktoken excludes nothing there
+    for name, pattern in ("unknown", "(?s)."), ("different", "[a-z--[c]]+|c|[^a-z]+"), ("none", ""):
+        if pattern:
+            path.write_text(json.dumps({**stored, "pat_str": pattern}))
+        else:
+            path.unlink()
+        capsys.readouterr()
+        theirs, *_ = export_and_load(run, tmp_path / name)
+        reason = "give the same ids" if pattern else "has no encoding.json"
+        assert reason in capsys.readouterr().err
+        assert not [*(tmp_path / name).glob("tokenizer*")]
+        ids = {theirs.config.eos_token_id, theirs.generation_config.eos_token_id}
+        assert ids == {299 if pattern else None}
 
 
 def test_a_picture_of_two_runs(run, tmp_path, capsys):

@@ -1,8 +1,12 @@
-"""A trained model for Hugging Face transformers, and for what reads its folders.
+"""Export a trained model to a folder that Hugging Face transformers loads.
 
     python tools/export.py runs/tiny-s4-r0.2-seed0 exported
+
+This tool writes the files itself, because versions 4 and 5 of transformers write different names
+for the same fields and tensors. The names below are those of version 4, which version 5 reads too.
 """
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -15,98 +19,125 @@ from tools.sample import load_model
 
 
 def hugging_face(model, end):
-    """A GPT as transformers' Llama or Qwen3-MoE, same logits; end: id of end-of-text or None.
+    """Return (config, tensors) of a GPT: the fields of config.json, and {name: tensor}.
 
-    Its tables have vocab_size rows: the padding is cut. SystemExit(2) if it is neither.
+    The GPT becomes a Llama, or a Qwen3-MoE if it has experts, with the same logits. end is the id
+    of the end-of-text token, or None. The embedding and the head are cut to vocab_size rows,
+    because the remaining rows are padding. SystemExit(2) if transformers has no such model.
     """
-    import transformers
     c = model.config
     if bool(c.n_expert) != c.qk_norm:
-        fail("Hugging Face has Llama without qk_norm and Qwen3-MoE with it; this is neither")
-    shape = dict(
+        shape = "experts but no --qk-norm" if c.n_expert else "--qk-norm but no experts"
+        fail(f"this model has {shape}. The export is a Llama, which has neither, or a Qwen3-MoE, "
+             "which has both. Train a model with both or with neither.")
+    if not c.n_expert and c.n_embd % c.n_head:
+        fail(f"this model has --n-embd {c.n_embd}, which --n-head {c.n_head} does not divide. "
+             "transformers 5 does not load such a Llama. Train a model with another --n-head.")
+    config = dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], dtype="float32",
+        # Without this field, 4.57.6 warns by mistake about a tokenizer of more than 100,000 tokens
+        transformers_version="4.57.0",
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
         head_dim=model.blocks[0].head_dim, max_position_embeddings=c.seq_len,
-        rope_theta=c.rope_theta, rms_norm_eps=1e-5, bos_token_id=end, eos_token_id=end)
+        rope_theta=c.rope_theta,        # version 4 does not read the rope_parameters of version 5
+        rms_norm_eps=1e-5, hidden_act="silu", attention_bias=False, tie_word_embeddings=False,
+        bos_token_id=end, eos_token_id=end)
     if c.n_expert:
-        shape |= dict(moe_intermediate_size=c.n_hidden, num_experts=c.n_expert,
-                      num_experts_per_tok=c.n_active, norm_topk_prob=True)
-    config = transformers.AutoConfig.for_model("qwen3_moe" if c.n_expert else "llama", **shape)
-    theirs = transformers.AutoModelForCausalLM.from_config(config)
-    weights = {"model.embed_tokens.weight": model.embedding.weight[:c.vocab_size],
+        config |= dict(
+            model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"],
+            num_experts=c.n_expert,     # version 4 does not read the num_local_experts of version 5
+            num_experts_per_tok=c.n_active, norm_topk_prob=True, moe_intermediate_size=c.n_hidden,
+            decoder_sparse_step=1, mlp_only_layers=[])      # all layers have experts
+        if c.n_embd % 8 or c.n_hidden % 8:
+            # The default product of version 5 needs multiples of 8. 5.4 and later read this field.
+            config["experts_implementation"] = "eager"
+    tensors = {"model.embed_tokens.weight": model.embedding.weight[:c.vocab_size],
                "model.norm.weight": model.norm.weight,
                "lm_head.weight": model.head.weight[:c.vocab_size]}
     for i, block in enumerate(model.blocks):
         q, k, v = block.qkv.weight.split([n * block.head_dim for n in block.heads])
-        layer = {"input_layernorm.weight": block.attention_norm.weight,
-                 "self_attn.q_proj.weight": q, "self_attn.k_proj.weight": k,
-                 "self_attn.v_proj.weight": v, "self_attn.o_proj.weight": block.out.weight,
-                 "post_attention_layernorm.weight": block.mlp_norm.weight}
+        layer = {"input_layernorm": block.attention_norm.weight,
+                 "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+                 "self_attn.o_proj": block.out.weight,
+                 "post_attention_layernorm": block.mlp_norm.weight}
         if c.n_expert:
-            layer |= {"self_attn.q_norm.weight": block.q_norm.weight,
-                      "self_attn.k_norm.weight": block.k_norm.weight,
-                      "mlp.gate.weight": block.mlp.router.weight,
-                      "mlp.experts.gate_up_proj": block.mlp.gate_up,
-                      "mlp.experts.down_proj": block.mlp.down}
+            layer |= {"self_attn.q_norm": block.q_norm.weight,
+                      "self_attn.k_norm": block.k_norm.weight,
+                      "mlp.gate": block.mlp.router.weight}
+            # Version 5 joins the experts of a layer when it loads them, but version 4 cannot
+            swiglus = {f"mlp.experts.{e}": weights
+                       for e, weights in enumerate(zip(block.mlp.gate_up, block.mlp.down))}
         else:
-            gate, up = block.mlp.gate_up.weight.chunk(2)
-            layer |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up,
-                      "mlp.down_proj.weight": block.mlp.down.weight}
-        weights |= {f"model.layers.{i}.{name}": weight for name, weight in layer.items()}
-    theirs.load_state_dict(weights)
-    return theirs
+            swiglus = {"mlp": (block.mlp.gate_up.weight, block.mlp.down.weight)}
+        for name, (gate_up, down) in swiglus.items():
+            gate, up = gate_up.chunk(2)
+            layer |= {f"{name}.gate_proj": gate, f"{name}.up_proj": up, f"{name}.down_proj": down}
+        tensors |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
+    return config, tensors
 
 
 def convert_tokenizer(encoding):
-    """transformers' tokenizer with the ids of a tiktoken.Encoding, or None if it cannot have them.
+    """Return a tokenizers.Tokenizer with the ids of a tiktoken.Encoding, or None if they differ.
 
-    Its regular expressions are of another library than tiktoken's, and may mean something else.
+    They can differ because tokenizers and tiktoken use different regular expression libraries.
     """
-    from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
     special = encoding._special_tokens
-    tokens = encoding._mergeable_ranks | {token.encode(): rank for token, rank in special.items()}
+    tokens = encoding._mergeable_ranks | {token.encode(): id for token, id in special.items()}
     try:
-        # The converter wants a file of byte pairs: it gets what would be in it
+        # The converter reads the tokens from a file. The patch gives it these tokens instead.
         with mock.patch("tiktoken.load.load_tiktoken_bpe", lambda path: tokens):
-            tokenizer = TikTokenConverter(None, encoding._pat_str, False, special).converted()
-    except Exception:                   # of the expression that it does not know, without a class
+            tokenizer = TikTokenConverter(None, encoding._pat_str, False, list(special)).converted()
+    except Exception:       # tokenizers raises a bare Exception for an expression it does not know
         return None
-    everything = b"".join(tokens).decode(errors="replace")
-    if tokenizer.encode(everything).ids != encoding.encode(everything, allowed_special="all"):
-        return None
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
-        model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False)
+    text = b"".join(tokens).decode(errors="replace")
+    same = tokenizer.encode(text).ids == encoding.encode(text, allowed_special="all")
+    return tokenizer if same else None
 
 
 def main(argv=None):
-    """Export as argv says (default: the command line). SystemExit(2) on bad input."""
+    """Export a model. argv defaults to the command line. SystemExit(2) on bad input."""
     parser = argparse.ArgumentParser(description="Export a trained model.", allow_abbrev=False)
     parser.error, flag = fail, parser.add_argument
-    flag("run", help="a run's folder, or a checkpoint file in it")
-    flag("folder", metavar="DIR", type=Path, help="the new folder")
+    flag("run", help="the folder of a run, or a checkpoint file in such a folder")
+    flag("folder", metavar="DIR", type=Path, help="the folder to create")
     args = parser.parse_args(argv)
     if not is_new(args.folder):
-        fail(f"{args.folder} holds something already: name a new folder")
+        fail(f"{args.folder} holds something already. Name a new folder.")
     model, encoding = load_model(args.run)
+    end = encoding._special_tokens.get(END_OF_TEXT) if encoding else None
+    config, tensors = hugging_face(model, end)
     try:
-        theirs = hugging_face(model, encoding and encoding._special_tokens.get(END_OF_TEXT))
-        tokenizer = encoding and convert_tokenizer(encoding)
-    except (ImportError, RuntimeError) as error:        # the latter: transformers 4 and experts
-        fail(f"{first_line(error)}: pip install -U transformers safetensors")
+        from safetensors.torch import save_file
+        tokenizer = convert_tokenizer(encoding) if encoding else None
+    except ImportError as error:
+        fail(f"{first_line(error)}. Run: pip install -U transformers safetensors")
+    files = {"config.json": config,
+             "generation_config.json": dict(bos_token_id=end, eos_token_id=end)}
+    if tokenizer:
+        token = None if end is None else END_OF_TEXT
+        files["tokenizer_config.json"] = dict(
+            tokenizer_class="PreTrainedTokenizerFast", bos_token=token, eos_token=token,
+            model_max_length=model.config.seq_len, clean_up_tokenization_spaces=False,
+            model_input_names=["input_ids", "attention_mask"])
     try:
         args.folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.folder.parent) as temporary:
             new = Path(temporary, "new")
-            theirs.save_pretrained(new)
+            new.mkdir()
+            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
             if tokenizer:
-                tokenizer.save_pretrained(new)
+                tokenizer.save(str(new / "tokenizer.json"))
+            for name, fields in files.items():
+                (new / name).write_text(json.dumps(fields, indent=1))
             new.rename(args.folder)
-    except Exception as error:          # safetensors' of a full disk is no OSError
-        fail(f"{args.folder}: cannot write there ({first_line(error)}): name another folder")
+    except Exception as error:          # if the disk is full, safetensors raises no OSError
+        fail(f"{args.folder} cannot be written ({first_line(error)}). Name another folder.")
     if not tokenizer:
-        print("without a tokenizer: the run has none, or it has no equal there", file=sys.stderr)
+        reason = ("the tokenizers library does not give the same ids" if encoding else
+                  "the run has no encoding.json")
+        print(f"The export has no tokenizer, because {reason}.", file=sys.stderr)
     print(f"{args.folder} is ready: lm_eval --model hf --model_args pretrained={args.folder}")
 
 
