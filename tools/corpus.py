@@ -190,8 +190,8 @@ def make_encoding(name, pattern, pairs, special=None):
         raise ValueError("a token or a rank occurs twice")
     if any(bytes([byte]) not in ranks for byte in range(256)) or min(ranks.values()) < 0:
         raise ValueError("a byte has no rank")
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens=special or {END_OF_TEXT: max(ranks.values()) + 1})
+    special = {END_OF_TEXT: max(ranks.values()) + 1} if special is None else special
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def train_bpe(texts, n, pattern=PATTERN):

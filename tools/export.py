@@ -8,13 +8,12 @@ for the same fields and tensors. The names below are those of version 4, which v
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import fail
-from tools.corpus import END_OF_TEXT, first_line, is_new
+from tools.corpus import END_OF_TEXT, first_line, is_new, new_folder
 from tools.sample import load_model
 
 
@@ -122,16 +121,12 @@ def main(argv=None):
             model_max_length=model.config.seq_len, clean_up_tokenization_spaces=False,
             model_input_names=["input_ids", "attention_mask"])
     try:
-        args.folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.folder.parent) as temporary:
-            new = Path(temporary, "new")
-            new.mkdir()
+        with new_folder(args.folder) as new:
             save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
             if tokenizer:
                 tokenizer.save(str(new / "tokenizer.json"))
             for name, fields in files.items():
                 (new / name).write_text(json.dumps(fields, indent=1))
-            new.rename(args.folder)
     except Exception as error:          # if the disk is full, safetensors raises no OSError
         fail(f"{args.folder} cannot be written ({first_line(error)}). Name another folder.")
     if not tokenizer:
