@@ -3,8 +3,8 @@
     python examples/check_port.py               # checks our model and examples/hf_trainer.py
 
 Copy this file to check your own port. Use a small float32 model with about 100 token ids, in eval
-mode, after some 50 steps of training, because a new model hides mistakes. For nanoGPT, where
-original is the model without your changes and with the same weights:
+mode, after some 50 steps of training, because a new model hides mistakes. In nanoGPT, if original
+has the weights of model and not your changes:
 
     loss_of = lambda rows, s: model(rows[:, :-s], rows[:, s:].contiguous(), s)[1]
     own_loss = lambda rows: original(rows[:, :-1], rows[:, 1:].contiguous())[1]
@@ -27,7 +27,7 @@ def check(failed, name, got, expected, mistakes, tolerance=5e-5, where=""):
 def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None, s=4, l=8):
     """Print the checks that a port's loss fails, and return the list of their names.
 
-    loss_of(rows, s) is the port's loss, a scalar, of token ids (B, (k + 1) s), for any B and k.
+    loss_of(rows, s) is the port's loss, a scalar, of token ids (B, (k + 1) s) for any B and any k.
     V is the number of columns of the logits. The checks call loss_of 2 V times.
     own_loss(rows) is the trainer's own next-token loss of token ids (B, l + 1).
     tables are all tensors (V, width) whose rows are looked up by token id.
@@ -35,8 +35,9 @@ def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None
     labelled(rows, s, labels) is the loss with labels, shaped as rows: label i is token i or -100.
     """
     failed = []
-    rows = torch.randint(V - 1, (4, (l + 1) * s), generator=torch.Generator().manual_seed(0))
-    rows[rows == padding] = V - 1
+    rows = torch.randint(V - 2, (4, (l + 1) * s), generator=torch.Generator().manual_seed(0))
+    rows[rows == padding] = V - 2
+    unused = V - 1 if padding != V - 1 else V - 2       # a token that is not in rows
     singles = rows[:, :l + 1]                                           # (4, l + 1)
 
     def first_bag(bag):                 # the loss of a row that begins with this bag
@@ -52,42 +53,42 @@ def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None
         check(failed, "own", loss_of(singles, 1), own_loss(singles),
               "the logits are in bfloat16; the port changes s = 1 too; the targets are the inputs")
     check(failed, "copies", loss_of(singles.repeat_interleave(s, 1), s), loss_of(singles, 1),
-          "embeddings are summed; the loss is divided by s; positions count tokens; wrong targets")
+          "embeddings are summed; the loss is divided by s; positions are those of tokens")
     reordered = rows.unflatten(1, (-1, s)).flip(2).flatten(1)
     check(failed, "order", loss_of(reordered, s), loss_of(rows, s),
           "one token of a bag is used; labels are shifted by 1 and not by s; sums in bfloat16")
-    f = torch.tensor([last_bag([v] * s) for v in range(V)])             # (V,): -log p of token v
-    check(failed, "chain", f.neg().exp().sum(), 1,
-          "a position sees its target; the target is not the next bag; no cross-entropy", 5e-4)
+    f = torch.tensor([last_bag([v] * s) for v in range(V)])             # (V,): -log p(v)
+    check(failed, "chain", f.neg().exp().sum(), 1, "a position sees its target; the target is not "
+          "the next bag; the loss is not a cross-entropy, or not a mean over positions", 5e-4)
     a, b = int(f.argmax()), int(f.argmin())
     check(failed, "target", last_bag([a] * (s - 1) + [b]), ((s - 1) * f[a] + f[b]) / s,
-          "a token that is twice in its bag counts once; a logarithm of a mean probability", 5e-4)
+          "a token that is twice in its bag counts once; the log of a mean probability", 5e-4)
     if labelled:                        # only two labels of the last bag are not ignored
         row = torch.cat((rows[:1, :-2], torch.tensor([[a, b]])), 1)
         labels = torch.cat((torch.full_like(row[:, :-2], -100), row[:, -2:]), 1)
         check(failed, "ignore", labelled(row, s, labels), (f[a] + f[b]) / 2,
               "ignored labels are trained as token 0, or count in the divisor of a mean", 5e-4)
-    a, b = rows[0, :2].tolist()
+    a, b = rows.unique()[:2].tolist()
     if padding is not None:
         check(failed, "padding", first_bag([a] * (s - 1) + [padding]), first_bag([a] * s),
               "padding is averaged into its bag")
-    if tables:                          # token V - 1 becomes the mean of the bag (a, ..., a, b)
-        saved = [table[V - 1].clone() for table in tables]
+    if tables:                          # the unused token becomes the mean of bag (a, ..., a, b)
+        saved = [table[unused].clone() for table in tables]
         for table in tables:
-            table[V - 1] = ((s - 1) * table[a] + table[b]) / s
-        check(failed, "mean", first_bag([a] * (s - 1) + [b]), first_bag([V - 1] * s),
+            table[unused] = ((s - 1) * table[a] + table[b]) / s
+        check(failed, "mean", first_bag([a] * (s - 1) + [b]), first_bag([unused] * s),
               "a maximum or a set in place of the mean; a norm before the mean; a missing table")
         for table, row in zip(tables, saved):
-            table[V - 1] = row
+            table[unused] = row
     return failed
 
 
 class Spy(list):
-    """A record of what a trainer does from ten steps before the switch to ten steps after it."""
+    """A record of a trainer's forward passes, some ten steps on each side of the switch."""
 
     def record(self, step, inputs, targets, training, optimizer):
         """Call this in every forward pass. inputs and targets: token ids (B, l s) or (B, l, s)."""
-        inputs, targets = inputs.flatten(1).cpu().clone(), targets.flatten(1).cpu().clone()
+        inputs, targets = inputs.flatten(1).cpu(), targets.flatten(1).cpu()
         count = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
         self.append((step, inputs, targets, training, count, optimizer.param_groups[0]["lr"]))
 
@@ -95,12 +96,13 @@ class Spy(list):
         """Print and return as check_port does. Step switch is the first one on single tokens."""
         failed, counts, rates = [], {}, {}
         for step, inputs, targets, training, count, rate in self:
-            bag, n, at = s if training and step < switch else 1, inputs.size(1), f" at step {step}"
+            n, at = inputs.size(1), f" at step {step}"
+            bag = s if training and step < switch else 1
             shift = next((d for d in range(n) if inputs[:, d:].equal(targets[:, :n - d])), -1)
             if training:
                 counts[step], rates[step] = count, rate
-                check(failed, "row length", n, l * bag, "rows are not s times longer; a batch "
-                      "for the other s; a wrong switch step; a phase that never runs", where=at)
+                check(failed, "row length", n, l * bag, "rows are not s times longer; a batch made "
+                      "with the other s; a wrong switch step; a phase that never runs", where=at)
                 check(failed, "target shift", shift, bag, "the loader shifts by 1 and not by s; "
                       "the targets are the inputs; a wrong switch step", where=at)
             else:
@@ -113,7 +115,7 @@ class Spy(list):
                   "the schedule starts again", 0.02 * rates[step - 1], at)
             if counts[step - 1]:        # 0 if the optimizer does not count its steps
                 check(failed, "optimizer steps", counts[step], counts[step - 1] + 1,
-                      "the optimizer is new, or its state is cleared", where=at)
+                      "the optimizer is new or cleared; float16 skipped a step", where=at)
         return failed
 
 
@@ -124,8 +126,7 @@ if __name__ == "__main__":
     ports = {"model.py": (gpt, gpt.embedding, lambda bags: gpt(bags[:, :-1], bags[:, 1:]))}
     try:
         from hf_trainer import LlamaConfig, LlamaForCausalLM, superposed_loss
-        llama = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2,
-                                             intermediate_size=64, num_attention_heads=4))
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2))
         embed = llama.get_input_embeddings()
         ports["examples/hf_trainer.py"] = llama, embed, lambda b: superposed_loss(llama, embed, b)
     except SystemExit:                  # after a line that says what is missing

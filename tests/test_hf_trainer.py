@@ -1,6 +1,10 @@
 """examples/hf_trainer.py passes examples/check_port.py: its loss, and its Trainer at the switch."""
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 transformers = pytest.importorskip("transformers", "5.2")
 pytest.importorskip("accelerate")
@@ -46,3 +50,10 @@ def test_a_run_reads_bags_in_the_first_r_of_its_steps(corpus, monkeypatch, capsy
     assert spy.check(s=3, l=hf_trainer.SEQ_LEN, switch=4) == []
     assert len(spy) == 10 + 64          # steps of training, then batches of validation
     assert "validation loss" in capsys.readouterr().out
+
+
+def test_check_port_run_by_itself_passes_our_model_and_the_example():
+    done = subprocess.run([sys.executable, "examples/check_port.py"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["model.py: every check passed",
+                                        "examples/hf_trainer.py: every check passed"], done.stderr
