@@ -3,8 +3,8 @@
     python examples/check_port.py               # checks our model and examples/hf_trainer.py
 
 Copy this file to check your own port. Use a small float32 model with about 100 token ids, in eval
-mode, after some 50 steps of training, because a new model hides mistakes. In nanoGPT, if original
-has the weights of model and not your changes:
+mode, after some 50 steps of training, because a new model hides mistakes. For example, in nanoGPT,
+where original is an unchanged model that has the same weights:
 
     loss_of = lambda rows, s: model(rows[:, :-s], rows[:, s:].contiguous(), s)[1]
     own_loss = lambda rows: original(rows[:, :-1], rows[:, 1:].contiguous())[1]
@@ -27,7 +27,7 @@ def check(failed, name, got, expected, mistakes, tolerance=5e-5, where=""):
 def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None, s=4, l=8):
     """Print the checks that a port's loss fails, and return the list of their names.
 
-    loss_of(rows, s) is the port's loss, a scalar, of token ids (B, (k + 1) s) for any B and any k.
+    loss_of(rows, s) is the port's loss, a scalar, of token ids (B, (k + 1) s), for any B and k.
     V is the number of columns of the logits. The checks call loss_of 2 V times.
     own_loss(rows) is the trainer's own next-token loss of token ids (B, l + 1).
     tables are all tensors (V, width) whose rows are looked up by token id.
@@ -48,16 +48,16 @@ def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None
         return l * loss_of(row, s) - (l - 1) * loss_of(row[:, :-s], s)
 
     check(failed, "repeat", loss_of(rows, s), loss_of(rows, s),
-          "dropout is on, so call model.eval() before you look at the other checks")
+          "dropout is on; call model.eval(), because all other checks need it off")
     if own_loss:
         check(failed, "own", loss_of(singles, 1), own_loss(singles),
               "the logits are in bfloat16; the port changes s = 1 too; the targets are the inputs")
     check(failed, "copies", loss_of(singles.repeat_interleave(s, 1), s), loss_of(singles, 1),
-          "embeddings are summed; the loss is divided by s; positions are those of tokens")
+          "a sum of embeddings; a loss divided by s; positions of tokens; wrong or missing targets")
     reordered = rows.unflatten(1, (-1, s)).flip(2).flatten(1)
     check(failed, "order", loss_of(reordered, s), loss_of(rows, s),
           "one token of a bag is used; labels are shifted by 1 and not by s; sums in bfloat16")
-    f = torch.tensor([last_bag([v] * s) for v in range(V)])             # (V,): -log p(v)
+    f = torch.tensor([last_bag([v] * s) for v in range(V)])     # (V,): -log p(v); all p(v) sum to 1
     check(failed, "chain", f.neg().exp().sum(), 1, "a position sees its target; the target is not "
           "the next bag; the loss is not a cross-entropy, or not a mean over positions", 5e-4)
     a, b = int(f.argmax()), int(f.argmin())
@@ -87,7 +87,8 @@ class Spy(list):
     """A record of a trainer's forward passes, some ten steps on each side of the switch."""
 
     def record(self, step, inputs, targets, training, optimizer):
-        """Call this in every forward pass. inputs and targets: token ids (B, l s) or (B, l, s)."""
+        """Call this in every forward pass, also in validation. inputs and targets are the token ids
+        that the loss pairs, (B, l s) or (B, l, s)."""
         inputs, targets = inputs.flatten(1).cpu(), targets.flatten(1).cpu()
         count = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
         self.append((step, inputs, targets, training, count, optimizer.param_groups[0]["lr"]))
