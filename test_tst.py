@@ -1,6 +1,7 @@
-"""The method's claims, one a test, for a reader: python -m pytest test_tst.py
+"""The claims of the method. Each test checks one of them: python -m pytest test_tst.py
 
-What a user meets beside the method, as resuming and bad input, is in tests/."""
+The tests of everything else, such as resuming and bad input, are in tests/.
+"""
 import json
 import math
 import signal
@@ -27,16 +28,16 @@ SMALL = Config(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_hidden=48, vocab_s
 def same_everywhere(monkeypatch):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)      # which a run takes over
+    monkeypatch.setattr(signal, "signal", lambda *_: None)      # pytest keeps its signal handlers
 
 
 def bags_of(rows, s):
-    """What training makes of rows (B, (l + 1) * s): inputs and targets, both (B, l, s)."""
+    """Cut rows (B, (l + 1) * s) into inputs and targets, both (B, l, s), as training does."""
     bags = rows.view(len(rows), -1, s)
     return bags[:, :-1], bags[:, 1:]
 
 
-# The input: the mean of a bag's embeddings
+# The input is the mean of the embeddings of a bag
 
 def test_the_bag_average_is_the_mean_of_the_embeddings():
     table, bags = torch.randn(50, 8), torch.randint(0, 50, (2, 5, 4))
@@ -50,18 +51,18 @@ def test_a_bag_of_one_is_the_plain_embedding_bit_for_bit(dtype):
     assert torch.equal(bag_average(table, tokens.unsqueeze(2)), F.embedding(tokens, table))
 
 
-def test_the_average_is_taken_in_float32_where_the_table_is_bfloat16():
+def test_the_average_of_bfloat16_embeddings_is_taken_in_float32():
     table = torch.tensor([[256.0], [1.0], [0.0]], dtype=torch.bfloat16)     # 256 + 1 rounds to 256
     average = bag_average(table, torch.tensor([[[0, 1, 2, 2, 2]]]))
     assert average.dtype == torch.bfloat16
     assert average.item() == torch.tensor(257 / 5).bfloat16().item() != 256 / 5
 
 
-# The target: every token of the next bag
+# The targets are all tokens of the next bag
 
 @pytest.mark.parametrize("s", [1, 5])
 def test_the_multi_hot_loss_is_the_mean_of_s_cross_entropies(s):
-    """With one token in a bag the ordinary one; and a token that is there twice counts twice."""
+    """So for s = 1 it is the ordinary loss, and a token that occurs twice counts twice."""
     logits = torch.randn(3, 7, 40, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 9, (3, 7, s))
     loss = multi_hot_cross_entropy(logits, targets)
@@ -72,7 +73,7 @@ def test_the_multi_hot_loss_is_the_mean_of_s_cross_entropies(s):
 
 
 def test_the_loss_is_the_divergence_from_the_bag_plus_log_s():
-    """So its floor is log s, not 0: why a superposed loss does not compare with an ordinary one."""
+    """So its floor is log s and not 0. Therefore it cannot be compared with a next-token loss."""
     logits, bag = torch.randn(40, dtype=torch.float64), torch.tensor([3, 1, 4, 5])
     bag_distribution = F.one_hot(bag, 40).double().mean(0)
     divergence = F.kl_div(logits.log_softmax(0), bag_distribution, reduction="sum")
@@ -90,12 +91,12 @@ def test_the_loss_is_taken_in_float32_under_autocast(low):
 
 
 @pytest.mark.parametrize("s", [1, 2, 6])
-def test_an_untrained_model_loses_log_v_for_every_s(s):
+def test_the_loss_of_an_untrained_model_is_log_v_for_every_s(s):
     loss = GPT(SMALL)(*bags_of(torch.randint(0, VOCAB, (8, 17 * s)), s))
     assert loss.item() == pytest.approx(math.log(256), abs=0.02)
 
 
-# Bags in a row
+# The bags of a row
 
 def test_the_order_of_tokens_in_a_bag_changes_nothing():
     model, (inputs, targets) = GPT(SMALL), bags_of(torch.randint(0, VOCAB, (2, 17 * 4)), 4)
@@ -104,7 +105,7 @@ def test_the_order_of_tokens_in_a_bag_changes_nothing():
     torch.testing.assert_close(model(inputs, targets[..., order]), model(inputs, targets))
 
 
-def test_bag_j_is_predicted_from_the_bags_up_to_it_alone():
+def test_the_logits_at_position_j_depend_only_on_bags_0_to_j():
     model, bags = GPT(SMALL), torch.randint(0, VOCAB, (1, 16, 4))
     before = model(bags)
     for j in range(15):
@@ -115,7 +116,7 @@ def test_bag_j_is_predicted_from_the_bags_up_to_it_alone():
         assert not torch.equal(after[0, j + 1], before[0, j + 1])
 
 
-# What superposition costs: nothing
+# A superposed step costs no more than another step
 
 @pytest.mark.parametrize("s", [1, 6])
 def test_a_superposed_step_costs_the_flops_of_a_baseline_step(s):
@@ -125,20 +126,20 @@ def test_a_superposed_step_costs_the_flops_of_a_baseline_step(s):
     assert counter.get_total_flops() == model.flops_per_position() * 3 * 16
 
 
-# Batches read each token once
+# Batches read each token once per epoch
 
 class Counting(data.Stream):
-    """A stream whose token i is i, so that a batch shows where it was read."""
+    """A stream in which token i is i, so that a batch shows from where it was read."""
     def __init__(self, length): self.length = length
     def __len__(self): return self.length
     def rows(self, starts, n): return torch.tensor(starts).unsqueeze(1) + torch.arange(n)
 
 
-def test_the_worked_example_of_the_docstring():
+def test_batches_follow_the_example_in_their_docstring():
     def batches(seed):
         return data.Batches(Counting(15), 4, switch=1, s=3, batch_size=1, seq_len=2, seed=seed)
 
-    def shuffled(seed):                 # whether the second block came first
+    def shuffled(seed):                 # whether block 1 comes before block 0
         return batches(seed).rows(0, 0, 1)[0, 0] == 6
 
     example = batches(next(seed for seed in range(99) if shuffled(seed)))
@@ -153,7 +154,7 @@ def test_in_an_epoch_no_token_is_an_input_twice_nor_a_target_twice_in_a_phase():
     for steps, s in ((range(14), 4), (range(14, 62), 1)):
         rows = torch.cat([batches.rows(step, 0, 7) for step in steps])
         assert rows.shape == (7 * len(steps), 14 * s) and rows.max() < 10_007
-        assert torch.equal(rows, rows[:, :1] + torch.arange(14 * s))    # neighbours in the text
+        assert torch.equal(rows, rows[:, :1] + torch.arange(14 * s))    # consecutive tokens
         targets = rows[:, s:].flatten()
         assert len(targets) == len(targets.unique())
         inputs.append(rows[:, :-s].flatten())
@@ -161,7 +162,7 @@ def test_in_an_epoch_no_token_is_an_input_twice_nor_a_target_twice_in_a_phase():
     assert len(inputs) == len(inputs.unique()) == 7 * 13 * (14 * 4 + 48)
 
 
-def test_an_epoch_reads_every_row_and_the_next_begins_where_they_are_used_up():
+def test_an_epoch_reads_every_row_once_before_the_next_epoch_begins():
     batches = data.Batches(Counting(10_007), 2000, 0, 6, batch_size=1, seq_len=13, seed=3)
     first = [batches.rows(step, 0, 1)[0, 0].item() for step in range(769)]
     assert sorted(first) == list(range(0, 769 * 13, 13))
@@ -169,7 +170,7 @@ def test_an_epoch_reads_every_row_and_the_next_begins_where_they_are_used_up():
     assert batches.epochs == 2000 / 769
 
 
-def test_any_split_into_processes_and_micro_batches_reads_the_same_rows():
+def test_any_number_of_processes_and_micro_batches_reads_the_same_rows():
     batches = data.Batches(Counting(10_007), 18, 9, 2, 12, 10, seed=1)
     for step in (0, 8, 9, 17):
         whole = batches.rows(step, 0, 12)
@@ -178,13 +179,11 @@ def test_any_split_into_processes_and_micro_batches_reads_the_same_rows():
     assert not torch.equal(other.rows(17, 0, 12), whole)
 
 
+# Runs on a toy language, in which a token is random or is determined by the token before it
 
-
-# Runs, on a toy language: every other token is one of 20 at random, the next follows from it
-
-RANDOM_TOKENS = 20
-BEST_LOSS = math.log(RANDOM_TOKENS) / 2                         # nats per token that one can reach
-BEST_BAG_LOSS = math.log(2 * RANDOM_TOKENS)     # of bags of 2: one of 20, or one of its followers
+RANDOM_TOKENS = 20                      # a random token is one of 20, and each has its own follower
+BEST_LOSS = math.log(RANDOM_TOKENS) / 2         # in nats per token, because every other one is free
+BEST_BAG_LOSS = math.log(2 * RANDOM_TOKENS)     # a bag of 2 has any random token and its follower
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +199,7 @@ def language(tmp_path_factory):
 
 
 def train(language, out, *flags):
-    """A run of 120 steps in about two seconds: its log, an entry a step."""
+    """Train for 120 steps, which takes about two seconds -> the log, one entry per step."""
     train_tst.main([
         "--data", str(language), "--out", str(out), "--model", "tiny", "--device", "cpu",
         "--n-layer", "2", "--n-embd", "32", "--n-head", "4", "--n-kv-head", "2",
@@ -210,7 +209,7 @@ def train(language, out, *flags):
 
 
 def train_by_hand(model, optimizer, batches, steps, lr):
-    """The ordinary training loop: next tokens, cross-entropy, nothing of ours. -> losses"""
+    """Train with an ordinary loop, on next tokens and with PyTorch's own loss -> the losses."""
     losses = []
     for step in steps:
         for group in optimizer.param_groups:
@@ -227,7 +226,7 @@ def train_by_hand(model, optimizer, batches, steps, lr):
 
 
 def adamw(model):
-    """Weight decay on the matrices, none on the norms' gains."""
+    """The optimizer with weight decay for the matrices, and without it for the gains of norms."""
     return torch.optim.AdamW([{"params": [p for p in model.parameters() if p.ndim == 1],
                                "weight_decay": 0.0},
                               {"params": [p for p in model.parameters() if p.ndim > 1]}],
@@ -236,18 +235,19 @@ def adamw(model):
 
 @pytest.fixture(scope="module")
 def tst(language, tmp_path_factory):
-    """A TST run of 60 steps on bags of 2, then 60 on tokens: (folder, log)."""
+    """A TST run of 60 steps on bags of 2 and then 60 steps on single tokens: (folder, log)."""
     out = tmp_path_factory.mktemp("runs") / "tst"
     return out, train(language, out, "--s", "2", "--r", "0.5")
 
 
-def test_tst_learns_what_there_is_to_learn_in_both_phases(tst):
+def test_both_phases_approach_the_best_possible_loss(tst):
     log = tst[1]
     assert log[0]["loss"] == pytest.approx(math.log(256), abs=0.1)
     assert [(entry["phase"], entry["s"]) for entry in log] == (
         60 * [("superposition", 2)] + 60 * [("recovery", 1)])
     assert BEST_BAG_LOSS - 0.05 < log[59]["loss"] < BEST_BAG_LOSS + 0.1
-    assert BEST_LOSS - 0.05 < log[-1]["val_loss"] < math.log(2 * RANDOM_TOKENS) - 1   # unigrams
+    frequencies = math.log(2 * RANDOM_TOKENS)                   # the loss of the token frequencies
+    assert BEST_LOSS - 0.05 < log[-1]["val_loss"] < frequencies - 1
     assert log[-1]["tokens"] == 16 * 16 * (60 * 2 + 60)
 
 
@@ -262,7 +262,7 @@ def test_a_superposed_step_predicts_every_token_of_the_next_bag(language, tst):
 
 
 def test_the_switch_changes_s_and_nothing_else(language, tst):
-    """From ckpt_switch.pt on, an ordinary loop with the same optimizer state gives the run."""
+    """An ordinary loop that starts from ckpt_switch.pt has the same losses as the TST run."""
     folder, log = tst
     checkpoint = train_tst.load_checkpoint(folder / "ckpt_switch.pt")
     assert checkpoint["step"] == 60
@@ -278,14 +278,14 @@ def test_the_switch_changes_s_and_nothing_else(language, tst):
     assert by_hand == pytest.approx([entry["loss"] for entry in log[60:66]], rel=1e-4)
 
 
-def test_the_learning_rate_does_not_notice_the_switch(tst):
-    up, down = [0.25, 0.5, 0.75], [(30 - k) / 30 for k in range(30)]    # of 4 and 30 steps
-    expected = [0.02 * part for part in (*up, *(87 * [1.0]), *down)]
+def test_the_learning_rate_does_not_depend_on_the_switch(tst):
+    up, down = [0.25, 0.5, 0.75], [(30 - k) / 30 for k in range(30)]    # warmup and decay
+    expected = [0.02 * factor for factor in (*up, *(87 * [1.0]), *down)]
     assert [entry["lr"] for entry in tst[1]] == pytest.approx(expected)
 
 
-def test_s_1_is_the_baseline_by_the_same_code(language, tmp_path):
-    """It is the ordinary loop; r says nothing there; and r = 0 is the same run."""
+def test_s_1_is_the_baseline(language, tmp_path):
+    """It has the losses of an ordinary loop for every r, and so has r = 0 for every s."""
     log = train(language, tmp_path / "s1", "--s", "1", "--r", "0.7", "--steps", "40")
     same = train(language, tmp_path / "r0", "--s", "6", "--r", "0", "--steps", "40")
     assert {(entry["phase"], entry["s"]) for entry in log} == {("recovery", 1)}
