@@ -248,8 +248,8 @@ def test_no_id_without_a_token_is_sampled(run, capsys):
     stored["mergeable_ranks"] = {token: rank for token, rank in stored["mergeable_ranks"].items()
                                  if rank < 256 or rank % 3}
     path.write_text(json.dumps(stored))
-    sample.main([str(run), "--tokens", "300", "--temperature", "9", "--top-k", "999", "--n", "5"])
-    assert len(capsys.readouterr().out) > 300
+    sample.main([str(run), "--tokens", "900", "--temperature", "9", "--top-k", "999"])
+    assert len(capsys.readouterr().out) > 200
 
 
 def test_the_export_means_the_same_in_versions_4_and_5_of_transformers(flags, tmp_path, capsys):

@@ -1,7 +1,4 @@
-"""Make shards of tokens from text: from the built-in corpus, or from your own files.
-
-The built-in corpus is Python source code, which every machine that runs this project has. The
-trainer builds it when it is needed for the first time. This program makes shards of other text:
+"""Make shards of tokens from your own files. The trainer also builds data/python with this file.
 
     python tools/corpus.py notes/ book.txt corpus.jsonl --out data/mine
     python tools/corpus.py notes/ --out data/own --tokenizer train      # needs no network
@@ -183,12 +180,12 @@ def make_encoding(name, pattern, pairs, special=None):
 
     A token is bytes, or in base64 a str. ValueError if the pairs would make tiktoken crash.
     """
-    pairs = [(base64.b64decode(token, validate=True) if isinstance(token, str) else token, int(rank))
-             for token, rank in pairs]
+    pairs = [(base64.b64decode(token, validate=True) if isinstance(token, str) else token, int(i))
+             for token, i in pairs]
     ranks = dict(pairs)
     if len(ranks) < len(pairs) or len(set(ranks.values())) < len(pairs):
         raise ValueError("a token or a rank occurs twice")
-    if any(bytes([byte]) not in ranks for byte in range(256)) or min(ranks.values()) < 0:
+    if any(bytes([byte]) not in ranks for byte in range(256)):
         raise ValueError("a byte has no rank")
     special = {END_OF_TEXT: max(ranks.values()) + 1} if special is None else special
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -360,7 +357,7 @@ def kind_of(path, given, field, only):
 
 
 def read_documents(files, field, size):
-    """Yield (path, text). Long texts are cut after at most size characters, at the end of a line."""
+    """Yield (path, text). Long texts are cut into size characters or less, at the end of a line."""
     for path, kind in files:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for text in [file] if kind == TEXT else json_texts(path, file, field):
@@ -392,8 +389,8 @@ def choose_encoding(args, texts):
             lines = [line.split() for line in Path(name).read_text().splitlines() if line.strip()]
             return make_encoding(Path(name).stem, PATTERNS[args.pattern], lines)
         except ValueError as error:
-            fail(f"--tokenizer {name} is not a complete BPE file, whose lines are a token in base64 "
-                 f"and a rank ({error}). Download the file again.")
+            fail(f"--tokenizer {name} is not a complete BPE file of tiktoken ({error}). Download it "
+                 "again.")
     return download_encoding(name, "Use a name that tiktoken knows (such as gpt2), a BPE file with "
                              "--pattern, or --tokenizer train, which needs no network.")
 

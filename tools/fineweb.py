@@ -17,10 +17,9 @@ REPOSITORIES = {103: "kjj0/fineweb10B-gpt2", 1030: "kjj0/fineweb100B-gpt2"}     
 
 
 def fetch(shards, out):
-    """Download a validation shard, the training shards and the tokenizer, unless out has them.
+    """Download a validation shard, training shards and the tokenizer, unless they are there.
 
-    SystemExit(2) if a download fails, or if out holds another dataset, because the two datasets
-    share documents.
+    SystemExit(2) if a download fails, or if out has another dataset, which may share documents.
     """
     repo = next(repo for most, repo in REPOSITORIES.items() if shards <= most)
     meta = out / "meta.json"
@@ -29,7 +28,7 @@ def fetch(shards, out):
         meta.write_text(json.dumps({**data.GPT2, "repo": repo}))
     found = json.loads(meta.read_text()) if meta.exists() else data.GPT2
     if is_new(out) or found["tokenizer"] != "gpt2" or shards and found.get("repo") != repo:
-        fail(f"--out {out} does not hold {repo if shards else 'GPT-2 tokens'}. Choose another --out.")
+        fail(f"--out {out} does not have {repo if shards else 'GPT-2 tokens'}. Choose another --out.")
     for k in range(shards + 1 if shards else 0):
         path = out / f"fineweb_{'train' if k else 'val'}_{k:06d}.bin"
         if not path.exists():
@@ -42,8 +41,7 @@ def fetch(shards, out):
                 fail(f"{repo}/{path.name}: {first_line(error)}. Run the same command to continue.")
         data.read_shard(path)           # SystemExit(2) if the shard is incomplete
     if not (out / "encoding.json").exists():
-        save_encoding(download_encoding("gpt2", "Run the same command again. The shards can be used "
-                                        "meanwhile, but without bits per byte."), out)
+        save_encoding(download_encoding("gpt2", "Run the same command again."), out)
 
 
 def main(argv=None):

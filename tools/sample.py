@@ -26,14 +26,6 @@ def load_model(path, device="cpu"):
     return model.eval(), load_encoding(path if path.is_dir() else path.parent)
 
 
-def need_encoding(encoding, run):
-    """The encoding, or SystemExit(2) if the run has none."""
-    folder = run if Path(run).is_dir() else Path(run).parent
-    return encoding or fail(
-        f"{folder} has no encoding.json, which is the tokenizer. If the tokenizer is GPT-2's, run "
-        f"python tools/fineweb.py --shards 0 --out {folder}")
-
-
 @torch.no_grad()
 def generate(model, ids, n, known=None, temperature=0.8, top_k=50, generator=None):
     """Yield n token ids that continue the list ids. The model sees the last seq_len ids.
@@ -59,35 +51,32 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Sample from a trained model.", allow_abbrev=False)
     parser.error, flag = fail, parser.add_argument
     flag("run", help="the folder of a run, or a checkpoint in it")
-    flag("--prompt", default="", help="the text to continue; - reads the standard input")
+    flag("--prompt", default="", help="the text to continue")
     flag("--tokens", type=int, default=200, help="the most tokens to add (default: 200)")
     flag("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     flag("--top-k", type=int, default=50, help="sample from the k likeliest tokens (default: 50)")
     flag("--seed", type=int, default=0, help="the seed of the random choices (default: 0)")
-    flag("--n", type=int, default=1, help="the number of samples, with --- between (default: 1)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cuda, cuda:1, mps or cpu (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name, least in dict(tokens=0, temperature=0, top_k=1, seed=0, n=1).items():
+    for name, least in dict(tokens=0, temperature=0, top_k=1, seed=0).items():
         if not getattr(args, name) >= least:            # also true for nan
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is below {least}. Increase it.")
     model, encoding = load_model(args.run, find_device(args.device))
-    encoding = need_encoding(encoding, args.run)
+    if encoding is None:
+        folder = args.run if Path(args.run).is_dir() else Path(args.run).parent
+        fail(f"{folder} has no encoding.json, which is the tokenizer. If the tokenizer is GPT-2's, "
+             f"run python tools/fineweb.py --shards 0 --out {folder}")
     known = [*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()]
-    prompt = args.prompt
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode(errors="replace")
-    start = [encoding.eot_token, *encoding.encode_ordinary(prompt)]     # as documents begin
+    start = [encoding.eot_token, *encoding.encode_ordinary(args.prompt)]    # as documents begin
     generator = torch.Generator().manual_seed(args.seed)
-    for k in range(args.n):
-        print("---\n" if k > 0 else "", prompt, sep="", end="", flush=True)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token can be half a letter
-        for token in generate(model, start, args.tokens, known, args.temperature, args.top_k,
-                              generator):
-            if token == encoding.eot_token:
-                break
-            print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
-        print(decoder.decode(b"", final=True), flush=True)
+    print(args.prompt, end="", flush=True)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a token can be half a letter
+    for token in generate(model, start, args.tokens, known, args.temperature, args.top_k, generator):
+        if token == encoding.eot_token:
+            break
+        print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
+    print(decoder.decode(b"", final=True), flush=True)
 
 
 if __name__ == "__main__":
