@@ -29,7 +29,7 @@ SEQ_LEN = 96                            # l: the positions of a row, whatever s 
 def superposed_loss(model, embed, bags):
     """bags (B, l+1, s) token ids -> nats, float32. With s = 1 it is the next-token loss."""
     inputs, targets = bags[:, :-1], bags[:, 1:]                     # bag j predicts bag j+1
-    x = embed(inputs).float().mean(2).to(embed.weight.dtype)        # (B, l, d): one mean a bag
+    x = embed(inputs).float().mean(2).to(embed.weight.dtype)        # (B, l, d): one mean per bag
     z = model(inputs_embeds=x).logits.float()                       # (B, l, V)
     return (z.logsumexp(-1) - z.gather(-1, targets).mean(-1)).mean()
 

@@ -1,11 +1,12 @@
-"""What does a bag cost? What does compiling in parts cost? How fast is a step?
+"""Measure the time of a step with bags, against a step with single tokens.
 
-    python study/bench.py                   # tiny, eager: a step at s over one at s = 1
-    python study/bench.py --compile         # in parts, as train_tst.py does it, and as a whole
+    python study/bench.py                   # tiny, not compiled
+    python study/bench.py --compile         # compiled in parts, as in train_tst.py, and as a whole
 
-A step is one micro-batch and an update, on random tokens of Zipf's frequencies, read as training
-reads; float16 goes without its scaler. Contestants take turns; a ratio is the median over rounds,
-with quartiles. A CPU is one thread, in CPU time. One GPU is checked in ten minutes by
+A step is one micro-batch and one update, on random tokens with Zipf's frequencies, which are read
+as in training. float16 has no gradient scaler here. The variants take turns. A ratio is the median
+over all rounds, with quartiles. On a CPU one thread is measured, in CPU time. These commands check
+one GPU in ten minutes:
 
     python -m pytest -n 8
     for n in 16 32 64; do python study/bench.py --model 270m --rows $n --shards /tmp/zipf
@@ -35,11 +36,11 @@ ROUNDS, TOKENS = 25, 40_000_000
 
 
 def main(argv=None):
-    """Print times, ratios, and on CUDA memory and MFU. SystemExit(2) on bad input."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, epilog="And every flag of train_tst.py.")
+    """Print times and ratios, and on CUDA memory and MFU. SystemExit(2) on bad input."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, epilog="All flags of train_tst.py, too.")
     parser.error = data.fail
-    parser.add_argument("--rows", type=int, help="of a step (default: the preset's micro-batch)")
-    parser.add_argument("--shards", help="keep the random tokens in this folder, for --data")
+    parser.add_argument("--rows", type=int, help="rows per step (default: the micro-batch)")
+    parser.add_argument("--shards", help="a folder in which the random tokens are kept")
     own, rest = parser.parse_known_args(argv)
     args = train_tst.parse(rest)
     args.batch_size = args.micro_batch_size = own.rows or args.micro_batch_size
@@ -52,7 +53,7 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high" if cuda else "highest")   # as in training
     print(f"{args.model}, {args.batch_size} rows of {args.seq_len}, {args.dtype}, {gpu}")
 
-    temporary = tempfile.TemporaryDirectory()               # for tokens, k as often as 1 / k
+    temporary = tempfile.TemporaryDirectory()       # for tokens; k has a frequency of about 1 / k
     folder = Path(own.shards or temporary.name)
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = VOCAB_SIZE if args.data == "data/python" else data.GPT2["vocab_size"]
@@ -63,20 +64,20 @@ def main(argv=None):
 
     found, times = plan(args, vocab_size), {}
     for kind in ("parts", "whole") if args.compile else ("eager",):
-        before = torch.cuda.memory_allocated() if cuda else 0
+        earlier = torch.cuda.memory_allocated() if cuda else 0
         step = make_step(kind, args, device, stream)
-        step(args.s), step(1)                           # compiles
+        step(args.s), step(1)                           # these steps compile
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             step(args.s), step(1)
-            used = (torch.cuda.max_memory_allocated() - before) / 1e9
-            print(f"{kind}: {used:.2f} GB at its peak, by plan.py {found['memory_gb']:.2f}")
+            used = (torch.cuda.max_memory_allocated() - earlier) / 1e9
+            print(f"{kind}: {used:.2f} GB at the peak, {found['memory_gb']:.2f} by tools/plan.py")
         times.update({(kind, s, step): [] for s in (1, args.s)})
     for kind, s, step in list(times) * ROUNDS:
         start = clock()
         step(s)
         times[kind, s, step].append(clock() - start)
-    base = next(iter(times.values()))                   # with s = 1, and not compiled whole
+    base = next(iter(times.values()))                   # s = 1, in parts or not compiled
     for (kind, s, _), seconds in times.items():
         low, ratio, high = np.quantile(np.divide(seconds, base), (0.25, 0.5, 0.75))
         second = np.median(seconds)
@@ -86,16 +87,13 @@ def main(argv=None):
 
 
 def make_step(kind, args, device, tokens):
-    """A function of s that takes a training step: eager, compiled in parts or as a whole."""
+    """A function step(s) that does a training step, compiled in parts, as a whole, or not."""
     config = Config(**{k: getattr(args, k) for k in train_tst.SHAPE}, vocab_size=tokens.vocab_size)
     with device:
         model = GPT(config)
     forward = torch.compile(model, dynamic=False) if kind == "whole" else model
-    if kind == "parts":                                 # as train_tst.py does it
-        for block in model.blocks:
-            block.compile(dynamic=False)
-        model.embed = torch.compile(model.embed, dynamic=False)
-        model.loss = torch.compile(model.loss, dynamic=False)
+    if kind == "parts":
+        train_tst.compile_parts(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), args.dtype != "float32")
     batches = {s: data.Batches(tokens, 10 ** 6, 10 ** 6, s, args.batch_size, args.seq_len, 0)
@@ -110,8 +108,8 @@ def make_step(kind, args, device, tokens):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_tst.GRAD_CLIP)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)          # most micro-batches find gradients there
-        norm.item()                                     # waits for the device
+        optimizer.zero_grad(set_to_none=False)          # most micro-batches add to gradients
+        norm.item()                                     # waits for the GPU
 
     return step
 

@@ -1,20 +1,20 @@
-"""The study's corpora, made of Debian's packages: C source, English, and both.
+"""Build the corpora of the study from packages of Debian 12: C source code, English, and both.
 
     python study/corpora.py data/c-4096 data/english-16384 data/mixed-16384
 
-A folder is a kind and a size of vocabulary; those of a kind have the same documents and splits.
-c: half of a Linux kernel's .c, .h and .rst files. prose: sentences, without markup and tables, of
-that kernel's Documentation and of manuals and dictionaries. english: prose and the RFCs. mixed:
-all of the kernel's .c and .h files, and english.
+The name of a folder is a kind and a vocabulary size. All corpora of a kind have the same documents
+and splits. c: half of the .c, .h and .rst files of a Linux kernel. prose: sentences, without markup
+and tables, from the kernel's documentation, manuals and dictionaries. english: prose and the RFCs.
+mixed: all .c and .h files of the kernel, and english.
 
-`apt-get download` fetches each package, in the version named below, into data/cache (Debian 12).
-The RFCs are in Debian's component non-free, which apt may have to be told of. As root, first:
+`apt-get download` fetches each package into data/cache, in the version that is named below. The
+RFCs are in Debian's component non-free. To add it, run as root:
 
     echo deb http://deb.debian.org/debian bookworm non-free > /etc/apt/sources.list.d/non-free.list
     apt-get update
 
-If Debian has gone on to another version, put the .deb of this one, from snapshot.debian.org, into
-data/cache: another version makes other data, with another hash.
+If Debian has a newer version, put the .deb of this version, from snapshot.debian.org, into
+data/cache, because another version makes other data, with another hash.
 """
 import gzip
 import html
@@ -48,9 +48,9 @@ postgresql-doc-15=15.18-0+deb12u1 python-django-doc=3:3.2.25-0+deb12u3
 python3.11-doc=3.11.2-6+deb12u8 qtbase5-doc-html=5.15.8+dfsg-11+deb12u3
 sqlite3-doc=3.40.1-2+deb12u2 zsh-doc=5.9-4
 """.split()
-GENERATED = "drivers/gpu/drm/amd/include/"      # a quarter of the kernel: tables of registers
-WORDS, LETTERS = 8, 0.9         # of a paragraph that is prose, at least: words, share of letters
-KINDS = {                       # what makes the documents, [(text, split), ...]
+GENERATED = "drivers/gpu/drm/amd/include/"      # register tables, a quarter of the kernel
+WORDS, LETTERS = 8, 0.9         # a paragraph of prose has at least 8 words and 90% letters
+KINDS = {                       # {kind: a function that makes the documents, [(text, split), ...]}
     "c": lambda: c_documents(2, (".c", ".h", ".rst")),
     "prose": lambda: prose_documents(),
     "english": lambda: prose_documents() + rfc_documents(),
@@ -58,17 +58,18 @@ KINDS = {                       # what makes the documents, [(text, split), ...]
 
 
 def make(folder):
-    """Make a folder of shards, unless it is there. SystemExit(2) if it has no name of ours."""
+    """Build a folder of shards, unless it exists. SystemExit(2) if the name is not a kind."""
     kind, _, size = folder.name.rpartition("-")
     if kind not in KINDS or not size.isdigit() or int(size) < 257:
-        fail(f"{folder}: give {', '.join(KINDS)}, and a size of vocabulary, such as data/c-4096")
+        fail(f"{folder} must be one of {', '.join(KINDS)}, with a vocabulary size of 257 or more. "
+             "Choose a name such as data/c-4096.")
     if not folder.exists():
         documents = KINDS[kind]()
         corpus.BPE_SAMPLE = 8_000_000
-        if kind in ("english", "mixed"):        # of several parts
+        if kind in ("english", "mixed"):        # these have several sources
             random.Random(1).shuffle(documents)
             corpus.BPE_SAMPLE = 40_000_000
-        print(f"building {folder} from {sum(len(text) for text, _ in documents):,} characters")
+        print(f"Building {folder} from {sum(len(text) for text, _ in documents):,} characters.")
         train = (text for text, split in documents if split == "train")
         ranks = corpus.train_bpe(train, int(size) - 1)
         encoding = corpus.make_encoding(kind, corpus.PATTERN, ranks.items())
@@ -77,7 +78,7 @@ def make(folder):
 
 
 def unpack(package):
-    """The folder of a Debian package's files, given as NAME=VERSION."""
+    """The folder with the files of a Debian package, which is given as NAME=VERSION."""
     name, version = package.split("=")
     folder = CACHE / f"{name}_{version.replace(':', '%3a')}"
     if not folder.exists():
@@ -86,13 +87,14 @@ def unpack(package):
             subprocess.run(["apt-get", "download", package], cwd=CACHE)
         debs = list(CACHE.glob(f"{folder.name}_*.deb"))
         if not debs:
-            fail(f"{package} cannot be downloaded: python study/corpora.py alone says what to do")
-        subprocess.run(["dpkg-deb", "-x", debs[0], folder], check=True)
+            fail(f"{package} cannot be downloaded. Run python study/corpora.py for instructions.")
+        with corpus.new_folder(folder) as new:
+            subprocess.run(["dpkg-deb", "-x", debs[0], new], check=True)
     return folder
 
 
 def kernel_files(wanted):
-    """Yield (name, text) of the kernel's files whose name is wanted, where they are UTF-8."""
+    """Yield (name, text) of the files of the kernel that are wanted and are UTF-8."""
     path = unpack(KERNEL) / "usr" / "src" / "linux-source-6.1.tar.xz"
     with tarfile.open(path, "r|xz") as tar:
         for member in tar:
@@ -105,7 +107,7 @@ def kernel_files(wanted):
 
 
 def shuffled(documents):
-    """[(name, text)] -> [(text, split)] in a fixed order, each text once."""
+    """[(name, text)] -> [(text, split)] in a shuffled but fixed order, with each text once."""
     documents = sorted(documents)
     random.Random(0).shuffle(documents)
     split_by_text = {}
@@ -115,35 +117,35 @@ def shuffled(documents):
 
 
 def c_documents(every, suffixes):
-    """One in `every` of the kernel's files, by a hash of the names; of what is held out, 1/4."""
+    """One of `every` files of the kernel, by a hash of the names, and 1/4 of the held-out files."""
     def wanted(name):
-        number = int(sha256(f"half {name}".encode()).hexdigest(), 16)       # not split_of's
+        number = int(sha256(f"half {name}".encode()).hexdigest(), 16)       # not as in split_of
         return (name.endswith(suffixes) and not name.startswith(GENERATED) and number % every == 0
                 and (split_of(name) == "train" or number // 2 % 4 == 0))
     return shuffled(kernel_files(wanted))
 
 
 def prose_documents():
-    """The paragraphs of every source that are sentences, each once, in parts of its file."""
+    """The paragraphs that are sentences, each once, collected into documents of one file each."""
     documents, seen = [], set()
     for name, text in prose_files():
-        parts = [[]]
+        groups = [[]]
         for paragraph in re.split(r"\n\s*\n", text):
             paragraph = " ".join(paragraph.split())
             letters = sum(map(paragraph.count, " ,.'-")) + sum(map(str.isalpha, paragraph))
             if (paragraph.count(" ") >= WORDS - 1 and letters >= LETTERS * len(paragraph)
                     and paragraph not in seen):
                 seen.add(paragraph)
-                parts[-1].append(paragraph)
-                if sum(map(len, parts[-1])) >= DOCUMENT_CHARS:
-                    parts.append([])
-        texts = ["\n\n".join(part) for part in parts if part]
+                groups[-1].append(paragraph)
+                if sum(map(len, groups[-1])) >= DOCUMENT_CHARS:
+                    groups.append([])
+        texts = ["\n\n".join(group) for group in groups if group]
         documents += [(f"{name} {text[:100]}", text) for text in texts]
     return shuffled(documents)
 
 
 def prose_files():
-    """Yield (name, text): paragraphs with blank lines between them, of all that may be prose."""
+    """Yield (name, text) of all files that may be prose, with blank lines between paragraphs."""
     for name, text in kernel_files(lambda name: name.endswith(".rst")):
         yield name, plain(text)
     for package in PROSE:
@@ -152,7 +154,7 @@ def prose_files():
             if not path.is_file() or path.is_symlink():
                 continue
             name = f"{package} {path.relative_to(folder).as_posix()}"
-            if path.suffix in (".html", ".pod"):        # a .txt is the source of some .html
+            if path.suffix in (".html", ".pod"):        # some .html files were made from a .txt
                 text = path.read_bytes().decode(errors="ignore")
                 yield name, without_tags(text) if path.suffix == ".html" else plain(text)
             elif path.suffix == ".dz" or "/share/misc/" in name and path.suffix == ".gz":
@@ -162,7 +164,7 @@ def prose_files():
 
 
 def without_tags(page):
-    """The text of an HTML page, a blank line where a block begins or ends."""
+    """The text of an HTML page, with blank lines between its blocks."""
     page = re.sub(r"(?is)<!--.*?-->|<(head|script|style|pre|nav)\b.*?</\1>", "\n\n", page)
     page = re.sub(r"(?i)</?(p|div|section|li|ul|ol|dl|dd|dt|table|tr|td|th|h\d|br|blockquote|body)"
                   r"\b[^>]*>", "\n\n", page)
@@ -170,14 +172,14 @@ def without_tags(page):
 
 
 def plain(text):
-    """Text without the marks of reStructuredText, POD and Webster's dictionary."""
+    """The text without the markup of reStructuredText, POD and Webster's dictionary."""
     text = re.sub(r"\[[^\]]*(Webster|PJC|WordNet)[^\]]*\]", "\n\n", text)
     text = re.sub(r":[a-z:+-]+:(?=`)|`|\*\*", "", text)
     return re.sub(r"\b[BCEFILXSZ]<+([^<>]*)>+", r"\1", text)
 
 
 def rfc_documents():
-    """The RFCs without the foot of one page and the head of the next, in parts."""
+    """The RFCs without page footers and headers, split into documents."""
     files = {path.name: path for package in RFCS for path in unpack(package).rglob("*.txt.gz")}
     numbers = sorted(int(name[3:-7]) for name in files if re.fullmatch(r"rfc\d+\.txt\.gz", name))
     documents = []

@@ -1,13 +1,13 @@
-"""Make the study's runs, --workers beside each other, and append a row of each to results.csv.
+"""Make the runs of the study, several at a time, and append a row for each run to results.csv.
 
-    python study/run.py                                 # the experiments, and how much is done
-    python study/run.py first                           # make one; stopped, the same call goes on
+    python study/run.py                                 # lists the experiments, and what is done
+    python study/run.py first                           # makes one; the same command continues it
     python study/run.py scale --workers 6 --minutes 8   # on a GPU, in parts of 8 minutes
-    python study/run.py scale --data data/fineweb       # the same on other data
+    python study/run.py scale --data data/fineweb       # on other data
 
-A run is made once, in runs/study/, with one thread of the CPU; beside its folder is a .txt of what
-it printed. In results.csv `commit` is that of the code that trained it, with a + if its files were
-changed, and `epochs` is `tokens`, which it read, by the training tokens that there are.
+Each run is made once, in runs/study/, with one CPU thread. A .txt beside its folder has what it
+printed. In results.csv, `commit` is the code that trained the run, with a + if a core file was
+changed, and `epochs` is the number of tokens that the run read, divided by the training tokens.
 """
 import argparse
 import csv
@@ -32,23 +32,23 @@ COLUMNS = ("experiment", "seed", "s", "r", "lr", "decay_frac", "steps", "tokens"
 
 
 def runs(flags, seeds, methods=("--s 1", "--s 6 --r 0.2")):
-    """The flags of each method (of the baseline and TST) with each seed; 0 is the default."""
+    """The flags of each method with each seed, as a list. Seed 0 is the default of the trainer."""
     return [f"{method} {flags}" + (f" --seed {seed}" if seed else "")
             for seed in seeds for method in methods]
 
 
-# 16,384 positions a step; shapes and learning rates are those of two pairs of `english`
+# 16,384 positions per step. The shapes and the learning rates are those of two pairs of `english`
 LARGER = ("--model 270m --device cuda --data data/mixed-16384 --seq-len 512 --batch-size 32 "
           "--micro-batch-size 32 --steps 8000 --warmup-steps 200 --decay-frac 0.4 "
           "--eval-every 4000")
 M13 = "--lr 0.002 --n-layer 6 --n-embd 256 --n-head 4 --n-kv-head 4 --n-hidden 704"
 M42 = "--lr 0.001 --n-layer 8 --n-embd 512 --n-head 8 --n-kv-head 8 --n-hidden 1408"
-# The setting of `confirm` (C, V = 4,096), chosen there, on a corpus that anybody can make, with
-# seeds that no other row has. Linux 6.1.176, from kernel.org or Debian's linux-source-6.1:
+# The setting of `confirm` on a corpus that anybody can make, with seeds that no other row has.
+# The corpus comes from Linux 6.1.176 (kernel.org, or Debian's package linux-source-6.1):
 #   python tools/corpus.py linux-6.1.176/{fs,kernel,mm,net,sound} --only "*.c" "*.h" \
 #       --tokenizer train --vocab-size 4096 --out data/c
 HOME = "--model tiny --device cpu --data data/c --steps 4800"
-EXPERIMENTS = {     # of the other rows in results.csv each has its command
+EXPERIMENTS = {     # the other rows of results.csv were made by earlier code
     "first": runs("--model tiny --device cpu", range(5),
                   ("--s 1", "--s 4 --r 0.2", "--s 6 --r 0.3")),
     "home": runs(HOME, range(18, 23)),
@@ -61,9 +61,11 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = data.fail
     parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS])
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="then save and stop")
-    parser.add_argument("--data", help="a folder of shards, instead of an experiment's own")
+    parser.add_argument("--workers", type=int, default=2,
+                        help="the number of runs at the same time (default: 2)")
+    parser.add_argument("--minutes", type=float, default=float("inf"),
+                        help="the time after which the runs are saved and stopped")
+    parser.add_argument("--data", help="a folder of shards that replaces the experiment's data")
     args = parser.parse_args()
     if not args.experiments:
         for name, commands in EXPERIMENTS.items():
@@ -89,16 +91,16 @@ def main():
                 else:
                     print(f"not finished, see {folder(flags)}.txt", flush=True)
         finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C none is begun
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C no further run begins
 
 
 def make(flags, end):
-    """Train a run until it is done, or until the time `end` -> what `finished` says of it."""
+    """Train a run until it is complete, or until the time `end` -> the result of `finished`."""
     out, left = folder(flags), end - time.time()
     if finished(out) or left < 0:
         return finished(out)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "commit.txt", "a") as file:         # of all that train it
+    with open(out / "commit.txt", "a") as file:         # a run can be continued by other code
         file.write(f"{commit()} ")
     with open(f"{out}.txt", "a") as output:
         process = subprocess.Popen(
@@ -117,7 +119,7 @@ def folder(flags):
 
 
 def finished(out):
-    """(args, last line of the log) of the run in a folder if it has reached its end, else None."""
+    """(flags, last entry of the log) of the run in a folder, or None if it is not complete."""
     try:
         args = json.loads((out / "args.json").read_text())
         last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -127,14 +129,14 @@ def finished(out):
 
 
 def commit():
-    """The commit of this code, with a + where the files that train differ from it."""
+    """The commit of this code, with a + if one of the core files was changed since."""
     git = "git rev-parse --short HEAD && git diff --quiet HEAD -- train_tst.py model.py data.py"
     asked = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True)
     return (asked.stdout.strip() or "unknown") + ("+" if asked.returncode else "")
 
 
 def row_of(experiment, flags, args, last):
-    """The row of a finished run."""
+    """The row of a complete run in results.csv, as a dict."""
     out = folder(flags)
     train_tokens, _, meta, _ = data.load(ROOT / args["data"])
     weights = load_checkpoint(out)["model"]
@@ -154,7 +156,7 @@ def read_rows():
 
 
 def append(new):
-    """Add a row to results.csv, unless the same command on the same data has one there."""
+    """Add a row to results.csv, unless there is a row of the same command on the same data."""
     key = ("experiment", "command", "data_hash")
     if not any(all(row[name] == new[name] for name in key) for row in read_rows()):
         with RESULTS.open("a", newline="") as file:

@@ -1,9 +1,10 @@
-"""Every figure of study/README.md, from study/results.csv.
+"""Print every number of study/README.md, from study/results.csv.
 
     python study/table.py
 
-A pair is a TST run and the baseline with the same other flags, seed and data. Differences are TST
-minus baseline in validation loss, nats per token; ± is the standard deviation over the pairs.
+A pair is a TST run and the baseline with the same other flags, the same seed and the same data.
+Differences are TST minus baseline in validation loss, in nats per token. The number after ± is the
+standard deviation over the pairs.
 """
 import re
 import statistics
@@ -11,28 +12,28 @@ from collections import defaultdict, namedtuple
 
 from run import read_rows
 
-CORPORA = {"python": "Python", "c": "C", "prose": "English", "english": "English",
-           "mixed": "C and English"}            # by a folder's name; another has its own
+CORPORA = {"python": "Python", "c-": "C", "c": "C (home)", "prose-": "English",
+           "english-": "English", "mixed-": "C and English"}    # by the name of the folder
 
-# Of pairs that differ in seed and learning rate alone; tokens are those the baseline reads
-Setting = namedtuple("Setting", "tokens corpus vocab_size parameters s r")
+# What all pairs of a setting have in common, except the seed and the learning rate
+Setting = namedtuple("Setting", "tokens corpus vocab_size parameters s r")     # tokens: baseline's
 
 
 def settings(rows):
-    """{Setting: {learning rate: [(baseline's loss, TST's), ...]}} of the pairs among the rows.
+    """{Setting: {learning rate: [(loss of the baseline, loss of TST), ...]}} of all pairs.
 
-    Left out are those that read a token twice.
+    Runs that read a token twice are left out.
     """
-    def same(row):
+    def without_method(row):
         return row["data_hash"], re.sub(r" --[sr] \S+", "", row["command"])
 
-    baselines = {same(row): row for row in rows if row["s"] == "1"}
+    baselines = {without_method(row): row for row in rows if row["s"] == "1"}
     found = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["s"] != "1" and same(row) in baselines and float(row["epochs"]) <= 1:
-            baseline = baselines[same(row)]
-            data = re.search(r"--data (?:data/)?([^-\s]+)|$", row["command"])[1] or "python"
-            setting = Setting(int(baseline["tokens"]), CORPORA.get(data, data),
+        baseline = baselines.get(without_method(row))
+        if row["s"] != "1" and baseline and float(row["epochs"]) <= 1:
+            folder = re.search(r"--data (?:data/)?(\w+-?)|$", row["command"])[1] or "python"
+            setting = Setting(int(baseline["tokens"]), CORPORA.get(folder, folder),
                               int(row["vocab_size"]), int(row["parameters"]), int(row["s"]),
                               float(row["r"]))
             found[setting][row["lr"]].append((float(baseline["val_loss"]), float(row["val_loss"])))
@@ -40,13 +41,13 @@ def settings(rows):
 
 
 def best(by_rate):
-    """TST minus baseline of each pair, at the learning rate that is best for the baseline."""
+    """TST minus baseline of each pair, with the learning rate that is best for the baseline."""
     pairs = min(by_rate.values(), key=lambda pairs: statistics.mean(loss for loss, _ in pairs))
     return [tst - baseline for baseline, tst in pairs]
 
 
 def spread(values, sign="+"):
-    """Mean, with a sign where sign is "+", and, of several, the standard deviation, as text."""
+    """The mean and, for several values, the standard deviation, as text. sign="" hides a plus."""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.3f}{deviation}"
 
@@ -61,13 +62,14 @@ def line(setting, values, *more):
 def main():
     found = settings(read_rows())
     head = "| pair | tokens | seeds | TST minus baseline | TST lower |"
-    print("The README's table: four seeds or more, or more than 10M parameters, each at the "
-          f"learning rate that is best for its baseline\n\n{head}\n{5 * '| --- '}|")
+    print("The table of the README: settings with four seeds or more, or with more than 10M "
+          "parameters,\nat the learning rate that is best for the baseline\n\n"
+          f"{head}\n{5 * '| --- '}|")
     for setting, by_rate in found.items():
         values = best(by_rate)
         if len(values) >= 4 or setting.parameters > 10e6:
             print(line(setting, values))
-    print(f"\nAll\n\n{head} each | learning rate | baseline | TST |\n{9 * '| --- '}|")
+    print(f"\nAll settings\n\n{head} each pair | learning rate | baseline | TST |\n{9 * '| --- '}|")
     for setting, by_rate in found.items():
         for lr, pairs in sorted(by_rate.items()):
             values = [tst - baseline for baseline, tst in pairs]
