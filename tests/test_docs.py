@@ -1,5 +1,6 @@
 """What the documents say of the code: its lines, its files, its flags."""
 import ast
+import doctest
 import re
 import shutil
 import subprocess
@@ -23,6 +24,12 @@ def test_the_readme_shows_the_lines_that_run():
     assert len(lines) < 11 and all(line in code for line in lines)
     example = ROOT.joinpath("examples/hf_trainer.py").read_text()
     assert port.split("\n\n")[0] in example
+
+
+def test_the_worked_example_of_the_readme_is_right():
+    example, = re.findall("```pycon\n(.*?)```", README, re.S)
+    test = doctest.DocTestParser().get_doctest(example, {}, "README.md", None, None)
+    assert doctest.DocTestRunner().run(test) == (0, 6)
 
 
 def test_links_lead_somewhere_and_flags_and_presets_are_there():
