@@ -103,10 +103,9 @@ def read_shard(path):
 
 
 def load(folder):
-    """Open a folder of shards -> (train Stream, val Stream, meta dict, token_bytes).
+    """Open a folder of shards -> (train Stream, val Stream, meta dict, bytes of each token).
 
-    meta["shards"] identifies the shards by their names, sizes and first tokens. token_bytes
-    (vocab_size,) has the size of each token, or 0 if there is no tokenizer (encoding.json).
+    meta["shards"] is a hash of names, sizes and first tokens. Without encoding.json all bytes are 0.
     """
     streams, names, heads, path = [], [], [], Path(folder, "meta.json")
     try:

@@ -70,12 +70,10 @@ def train(args, run):
     if run.first_step == args.steps:
         return report(f"{args.out} is complete. All of its {args.steps:,} steps are done.")
 
-    # Data
     train_tokens, val_tokens, meta, token_bytes = load_data(args, checkpoint)
     l, switch = args.seq_len, round(args.r * args.steps)        # switch: the first recovery step
     batches = data.Batches(train_tokens, args.steps, switch, args.s, args.batch_size, l, args.seed)
 
-    # Model and optimizer
     torch.manual_seed(args.seed)
     shape = {name: getattr(args, name) for name in SHAPE}
     with device:
@@ -96,7 +94,7 @@ def train(args, run):
     describe(args, run, model, device, len(train_tokens), switch, batches.epochs)
     run.open(meta)                                      # from here on the run writes to its folder
 
-    n_rows, micro = args.batch_size // WORLD, args.micro_batch_size     # per step, per forward pass
+    n_rows, micro = args.batch_size // WORLD, args.micro_batch_size     # rows per step and pass
     warmup, decay = max(1, args.warmup_steps), max(1, round(args.decay_frac * args.steps))
     for step in range(run.first_step, args.steps):
         # The phase switch: bags of s tokens before it, single tokens from it on
@@ -220,8 +218,7 @@ def set_up_device(args):
         torch.set_float32_matmul_precision("high")              # TF32 for products in float32
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # The time that a process waits for the others, except in `Run.save`
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))     # longer in `Run.save`
         torch._dynamo.config.optimize_ddp = False       # would split graphs that are small already
     return device
 
