@@ -105,7 +105,7 @@ def read_shard(path):
 def load(folder):
     """Open a folder of shards -> (train Stream, val Stream, meta dict, bytes of each token).
 
-    meta["shards"] is a hash of names, sizes and first tokens. Without encoding.json all bytes are 0.
+    meta["shards"] is a hash of names, sizes and first tokens. Bytes are 0 without encoding.json.
     """
     streams, names, heads, path = [], [], [], Path(folder, "meta.json")
     try:

@@ -116,10 +116,11 @@ def write_corpus(folder, name, documents, encoding):
 def new_folder(folder):
     """Yield a temporary folder, which gets the name `folder` at the end, when it is complete.
 
-    It also removes what a killed process has left behind. Whoever works in the parent folder holds
-    a shared lock on it, so that an exclusive lock shows that nobody does.
+    Temporary folders that a killed process has left behind are removed. Each process holds a shared
+    lock on the parent folder, so that an exclusive lock is possible only if no other is at work.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{folder.name}.unfinished-"
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):     # Windows and some disks have no locks
             import fcntl
@@ -127,12 +128,11 @@ def new_folder(folder):
             stack.callback(os.close, lock)
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for left in folder.parent.glob(f"{folder.name}.unfinished-*"):
+                for left in folder.parent.glob(prefix + "*"):
                     shutil.rmtree(left)
             fcntl.flock(lock, fcntl.LOCK_SH)
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(
-            prefix=f"{folder.name}.unfinished-", dir=folder.parent))
-        new = Path(temporary, "new")
+        temporary = tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent)
+        new = Path(stack.enter_context(temporary), "new")
         new.mkdir()
         yield new
         if is_new(folder):              # otherwise another process was faster
@@ -176,9 +176,9 @@ def load_encoding(folder):
 
 
 def make_encoding(name, pattern, pairs, special=None):
-    """A tiktoken.Encoding of pairs (token, rank) and special tokens (default: end-of-text alone).
+    """A tiktoken.Encoding of pairs (token, rank), where a token is bytes, or a str in base64.
 
-    A token is bytes, or in base64 a str. ValueError if the pairs would make tiktoken crash.
+    special: {token: rank} (default: end-of-text). ValueError if tiktoken would crash.
     """
     pairs = [(base64.b64decode(token, validate=True) if isinstance(token, str) else token, int(i))
              for token, i in pairs]
@@ -260,11 +260,7 @@ def first_line(error):
 
 
 def build_python_corpus(folder=PYTHON_CORPUS, vocab_size=VOCAB_SIZE):
-    """Build the built-in corpus, unless the folder has one already, because runs depend on it.
-
-    The text is the source code of Python's standard library, of the runtime packages, and of the
-    packages that they require. The vocabulary is trained on it.
-    """
+    """Build the built-in corpus, unless it exists, because runs need the corpus that they had."""
     if is_new(folder):
         print(f"Building {folder} from the Python source code on this machine (once).", flush=True)
         build_corpus(folder, "python", read_python, lambda k, name: split_of(name), lambda texts:
@@ -272,7 +268,7 @@ def build_python_corpus(folder=PYTHON_CORPUS, vocab_size=VOCAB_SIZE):
 
 
 def read_python():
-    """Yield (name, text) of all files of the built-in corpus, in a shuffled but fixed order."""
+    """Yield (name, text) of the standard library and the packages, in a shuffled, fixed order."""
     roots = {"python": sysconfig.get_path("stdlib")}
     for package in PYTHON_PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -335,17 +331,14 @@ def kind_of(path, given, field, only):
         return "skipped, because it is empty"
     if path != given and not any(path.match(pattern) for pattern in only):
         return "skipped, because the name does not match --only"
-    with open(path, "rb") as file:
-        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):          # the byte-order marks of UTF-16
-            return UTF16
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = [file.readline(2 ** 24), file.readline(2 ** 24)]
             rest = iter(lambda: file.read(2 ** 20), "")
             if any("\0" in part for part in itertools.chain(lines, rest)):
                 return BINARY           # text has no zero bytes
-    except UnicodeDecodeError:
-        return BINARY
+    except UnicodeDecodeError as error:         # UTF-16 begins with the bytes ff fe or fe ff
+        return UTF16 if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else BINARY
     if path.suffix.lower() in (".jsonl", ".ndjson", ".jsonlines"):
         return JSON
     try:
@@ -389,8 +382,7 @@ def choose_encoding(args, texts):
             lines = [line.split() for line in Path(name).read_text().splitlines() if line.strip()]
             return make_encoding(Path(name).stem, PATTERNS[args.pattern], lines)
         except ValueError as error:
-            fail(f"--tokenizer {name} is not a complete BPE file of tiktoken ({error}). Download it "
-                 "again.")
+            fail(f"--tokenizer {name} is no complete BPE file ({error}). Download the file again.")
     return download_encoding(name, "Use a name that tiktoken knows (such as gpt2), a BPE file with "
                              "--pattern, or --tokenizer train, which needs no network.")
 
@@ -413,8 +405,7 @@ def main(argv=None):
     if not is_new(args.out):
         fail(f"--out {args.out} holds other data. Choose a new folder, or delete this one.")
     if args.vocab_size < 257:
-        fail(f"--vocab-size {args.vocab_size} is too small. Choose 257 (256 bytes and the "
-             "end-of-text token) or more.")
+        fail(f"--vocab-size {args.vocab_size} is too small. Choose 257 or more.")
     try:
         files = find_files(args.paths, args.field, args.only)
         # A small text is cut into small documents, so that those of the validation split are few

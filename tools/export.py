@@ -18,20 +18,18 @@ from tools.sample import load_model
 
 
 def hugging_face(model, end):
-    """Return (config, tensors) of a GPT: the fields of config.json, and {name: tensor}.
+    """(fields of config.json, {name: tensor}) of a Llama or a Qwen3-MoE with the same logits.
 
-    The GPT becomes a Llama, or a Qwen3-MoE if it has experts, with the same logits. end is the id
-    of the end-of-text token, or None. The embedding and the head are cut to vocab_size rows,
-    because the remaining rows are padding. SystemExit(2) if transformers has no such model.
+    end is the id of the end-of-text token, or None. The embedding and the head have vocab_size
+    rows, because our other rows are padding. SystemExit(2) if transformers has no such model.
     """
     c = model.config
     if bool(c.n_expert) != c.qk_norm:
-        shape = "experts but no --qk-norm" if c.n_expert else "--qk-norm but no experts"
-        fail(f"this model has {shape}. The export is a Llama, which has neither, or a Qwen3-MoE, "
-             "which has both. Train a model with both or with neither.")
+        fail(f"This model has --n-expert {c.n_expert} and --qk-norm {c.qk_norm}. Train a model "
+             "with neither (a Llama) or with both (a Qwen3-MoE).")
     if not c.n_expert and c.n_embd % c.n_head:
-        fail(f"this model has --n-embd {c.n_embd}, which --n-head {c.n_head} does not divide. "
-             "transformers 5 does not load such a Llama. Train a model with another --n-head.")
+        fail(f"transformers 5 does not load a Llama whose --n-head {c.n_head} does not divide "
+             f"--n-embd {c.n_embd}. Train a model with another --n-head.")
     config = dict(
         model_type="llama", architectures=["LlamaForCausalLM"], dtype="float32",
         # Without this field, 4.57.6 warns by mistake about a tokenizer of more than 100,000 tokens
@@ -77,7 +75,7 @@ def hugging_face(model, end):
 
 
 def convert_tokenizer(encoding):
-    """Return a tokenizers.Tokenizer with the ids of a tiktoken.Encoding, or None if they differ.
+    """A tokenizers.Tokenizer with the ids of a tiktoken.Encoding, or None if they differ.
 
     They can differ because tokenizers and tiktoken use different regular expression libraries.
     """
@@ -96,7 +94,7 @@ def convert_tokenizer(encoding):
 
 
 def main(argv=None):
-    """Export a model. argv defaults to the command line. SystemExit(2) on bad input."""
+    """Export as argv (default: the command line) says. SystemExit(2) on bad input."""
     parser = argparse.ArgumentParser(description="Export a trained model.", allow_abbrev=False)
     parser.error, flag = fail, parser.add_argument
     flag("run", help="the folder of a run, or a checkpoint file in such a folder")
@@ -130,8 +128,7 @@ def main(argv=None):
     except Exception as error:          # if the disk is full, safetensors raises no OSError
         fail(f"{args.folder} cannot be written ({first_line(error)}). Name another folder.")
     if not tokenizer:
-        reason = ("the tokenizers library does not give the same ids" if encoding else
-                  "the run has no encoding.json")
+        reason = "tokenizers does not give the same ids" if encoding else "the run has none"
         print(f"The export has no tokenizer, because {reason}.", file=sys.stderr)
     print(f"{args.folder} is ready: lm_eval --model hf --model_args pretrained={args.folder}")
 

@@ -28,7 +28,7 @@ def fetch(shards, out):
         meta.write_text(json.dumps({**data.GPT2, "repo": repo}))
     found = json.loads(meta.read_text()) if meta.exists() else data.GPT2
     if is_new(out) or found["tokenizer"] != "gpt2" or shards and found.get("repo") != repo:
-        fail(f"--out {out} does not have {repo if shards else 'GPT-2 tokens'}. Choose another --out.")
+        fail(f"--out {out} has no {repo if shards else 'GPT-2 tokens'}. Choose another --out.")
     for k in range(shards + 1 if shards else 0):
         path = out / f"fineweb_{'train' if k else 'val'}_{k:06d}.bin"
         if not path.exists():

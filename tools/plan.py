@@ -2,10 +2,9 @@
 
     python tools/plan.py --model 3b --fsdp --devices 8 --gpu h100 --mfu 0.4
 
-The memory is a formula. For 270m with 16 rows it gives 21.7 GB, where 20.5 GB were measured, plus
-2.1 GB for AdamW (H200, bfloat16, compiled). For five other shapes, with an earlier loss, it was
-within 4%. FSDP and float16 were not measured. CUDA itself (1 GB) and gaps of the allocator come in
-addition, and so does the time for evaluations and checkpoints.
+The memory is a formula. For 270m with 16 rows it gives 21.7 GB, and 22.6 GB were measured (H200,
+bfloat16, compiled). FSDP and float16 were not measured. CUDA itself (1 GB) and gaps of the
+allocator come in addition, and so does the time for evaluations and checkpoints.
 """
 import argparse
 import json

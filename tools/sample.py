@@ -72,7 +72,8 @@ def main(argv=None):
     generator = torch.Generator().manual_seed(args.seed)
     print(args.prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a token can be half a letter
-    for token in generate(model, start, args.tokens, known, args.temperature, args.top_k, generator):
+    for token in generate(model, start, args.tokens, known, args.temperature, args.top_k,
+                          generator):
         if token == encoding.eot_token:
             break
         print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
