@@ -11,7 +11,7 @@ from tools import plan
 def planned(monkeypatch, capsys):
     def run(flags):
         monkeypatch.setattr(train_tst, "WORLD", 1)      # the plan sets it
-        plan.main(["--json", *flags.split()])
+        plan.main(flags.split())
         return json.loads(capsys.readouterr().out)
     return run
 

@@ -66,18 +66,13 @@ def main(argv=None):
     flag("--devices", type=int, default=1, help="the number of GPUs, with one process each")
     flag("--mfu", type=float, default=0.4, help="the fraction of the 16-bit peak (default: 0.4)")
     flag("--vocab-size", type=int, help="default: the built-in corpus's or GPT-2's")
-    flag("--json", action="store_true", help="print JSON")
     own, rest = parser.parse_known_args(argv)
     if min(own.devices, own.vocab_size or 1) < 1 or not 0 < own.mfu <= 1:
         fail("--devices and --vocab-size must be at least 1, and --mfu a fraction up to 1.")
     train_tst.WORLD = own.devices                       # as with torchrun
     args = train_tst.parse(["--device", "cuda", "--dtype", "bfloat16", *rest])
     usual = VOCAB_SIZE if args.data == "data/python" else GPT2["vocab_size"]
-    found = plan(args, own.vocab_size or usual, own.gpu, own.devices, own.mfu)
-    if own.json:
-        return print(json.dumps(found))
-    for name, value in found.items():
-        print(f"{name:28}{value:.4g}" if type(value) is float else f"{name:28}{value:,}")
+    print(json.dumps(plan(args, own.vocab_size or usual, own.gpu, own.devices, own.mfu), indent=1))
 
 
 if __name__ == "__main__":
