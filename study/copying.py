@@ -1,10 +1,9 @@
 """When does a run learn to copy? study/copying.csv has the answer for the ten runs of `home`.
 
     python study/copying.py --s 6 --r 0.2 --data data/c --steps 4800 --seed 18 --save-every 100
-    python study/copying.py                 # draw study/copying.png from study/copying.csv
+    python study/copying.py                 # draws the CSV file
 
-The first command trains with flags of train_tst.py, and appends a line per checkpoint to the CSV
-file: the loss on text, and the loss on its repetition. The difference is the gain by copying.
+The first command trains, and appends the loss on text and on its repetition for each checkpoint.
 """
 import csv
 import sys
@@ -32,30 +31,27 @@ def measure(model, tokens):
 def save_and_measure(run, model, *rest, save=train_tst.Run.save):
     save(run, model, *rest)
     losses, entry = measure(model, data.load(run.args.data)[1]), rest[3]
+    line = "{},{},{},{:.4f},{:.4f}\n".format(run.args.seed, run.args.s, entry["step"], *losses)
     with FILE.open("a") as file:
-        file.write("{},{},{},{:.4f},{:.4f}\n".format(
-            run.args.seed, run.args.s, entry["step"], *losses))
+        file.write(line)
 
 
 def draw():
     from matplotlib import pyplot
-    with FILE.open() as file:
-        lines = list(csv.DictReader(file))
+    lines = list(csv.DictReader(FILE.read_text().splitlines()))
     losses = {(row["seed"], row["s"]): float(row["val_loss"]) for row in read_rows()
               if row["experiment"] == "home"}
     seeds = sorted({line["seed"] for line in lines})
-    figure, axes = pyplot.subplots(1, len(seeds), figsize=(11, 2.8), sharey=True,
-                                   layout="constrained")
+    _, axes = pyplot.subplots(1, len(seeds), figsize=(11, 2.8), sharey=True, layout="constrained")
     for ax, seed in zip(axes, seeds):
         for s, name in (("1", "baseline"), ("6", "TST")):
             points = sorted((int(line["step"]), float(line["first"]) - float(line["second"]))
                             for line in lines if (line["seed"], line["s"]) == (seed, s))
             ax.plot(*zip(*points), label=name)
         ax.set(title=f"seed {seed}: {losses[seed, '6'] - losses[seed, '1']:+.3f}", xlabel="step")
-        ax.grid(alpha=0.25)
     axes[0].set_ylabel("gain by copying (nats per token)")
     axes[0].legend()
-    figure.savefig(FILE.with_suffix(".png"), dpi=120)
+    pyplot.savefig(FILE.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

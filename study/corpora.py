@@ -61,8 +61,7 @@ def make(folder):
     """Build a folder of shards, unless it exists. SystemExit(2) if the name is not a kind."""
     kind, _, size = folder.name.rpartition("-")
     if kind not in KINDS or not size.isdigit() or int(size) < 257:
-        fail(f"{folder} must be one of {', '.join(KINDS)}, with a vocabulary size of 257 or more. "
-             "Choose a name such as data/c-4096.")
+        fail(f"{folder} is no corpus. Name one of {', '.join(KINDS)}, such as data/c-4096.")
     if not folder.exists():
         documents = KINDS[kind]()
         corpus.BPE_SAMPLE = 8_000_000

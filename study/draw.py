@@ -34,10 +34,7 @@ def size(parameters):
 
 
 def beside(points):
-    """Yield (x, setting, differences). Points with about the same tokens stand side by side.
-
-    Such points lie within a tenth of a decade, so that none is moved by more than 12%.
-    """
+    """Yield (x, setting, differences). Neighbours are spread over at most a tenth of a decade."""
     def about(point):
         return round(4 * math.log2(point[0].tokens))
 
@@ -91,10 +88,7 @@ def explain(axes, corpora):
 
 
 def main():
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise SystemExit("Pictures need one more package. Run: pip install matplotlib")
+    from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(9, 5.4), constrained_layout=True, facecolor="white")
     points = [(setting, best(by_rate)) for setting, by_rate in settings(read_rows()).items()]
     draw(axes, points + PUBLISHED)

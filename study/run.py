@@ -3,7 +3,6 @@
     python study/run.py                                 # lists the experiments, and what is done
     python study/run.py first                           # makes one; the same command continues it
     python study/run.py scale --workers 6 --minutes 8   # on a GPU, in parts of 8 minutes
-    python study/run.py scale --data data/fineweb       # on other data
 
 Each run is made once, in runs/study/, with one CPU thread. A .txt beside its folder has what it
 printed. In results.csv, `commit` is the code that trained the run, with a + if a core file was
@@ -13,7 +12,6 @@ import argparse
 import csv
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -65,7 +63,6 @@ def main():
                         help="the number of runs at the same time (default: 2)")
     parser.add_argument("--minutes", type=float, default=float("inf"),
                         help="the time after which the runs are saved and stopped")
-    parser.add_argument("--data", help="a folder of shards that replaces the experiment's data")
     args = parser.parse_args()
     if not args.experiments:
         for name, commands in EXPERIMENTS.items():
@@ -75,9 +72,6 @@ def main():
         return
 
     work = {flags: name for name in args.experiments for flags in EXPERIMENTS[name]}
-    if args.data:
-        work = {re.sub(r" --data \S+|$", f" --data {args.data}", flags, count=1): name
-                for flags, name in work.items()}
     end = time.time() + 60 * args.minutes
     with ThreadPoolExecutor(args.workers) as pool:
         waiting = {pool.submit(make, flags, end): flags for flags in work}

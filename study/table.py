@@ -62,9 +62,8 @@ def line(setting, values, *more):
 def main():
     found = settings(read_rows())
     head = "| pair | tokens | seeds | TST minus baseline | TST lower |"
-    print("The table of the README: settings with four seeds or more, or with more than 10M "
-          "parameters,\nat the learning rate that is best for the baseline\n\n"
-          f"{head}\n{5 * '| --- '}|")
+    print("Settings with four seeds or more, or with more than 10M parameters, at the learning\n"
+          f"rate that is best for the baseline\n\n{head}\n{5 * '| --- '}|")
     for setting, by_rate in found.items():
         values = best(by_rate)
         if len(values) >= 4 or setting.parameters > 10e6:
