@@ -28,9 +28,8 @@ def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None
     """Print the checks that a port's loss fails, and return the list of their names.
 
     loss_of(rows, s) is the port's loss, a scalar, of token ids (B, (k + 1) s), for any B and k.
-    V is the number of columns of the logits. The checks call loss_of 2 V times.
-    own_loss(rows) is the trainer's own next-token loss of token ids (B, l + 1).
-    tables are all tensors (V, width) whose rows are looked up by token id.
+    V is the number of columns of the logits, and tables are the tensors (V, width) that are looked
+    up by token id. own_loss(rows) is the trainer's own next-token loss of token ids (B, l + 1).
     padding is the token id that is not averaged into a bag, if the port has one.
     labelled(rows, s, labels) is the loss with labels, shaped as rows: label i is token i or -100.
     """
@@ -47,8 +46,7 @@ def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None
         row = torch.cat((rows[:1, :-s], torch.tensor([bag])), 1)
         return l * loss_of(row, s) - (l - 1) * loss_of(row[:, :-s], s)
 
-    check(failed, "repeat", loss_of(rows, s), loss_of(rows, s),
-          "dropout is on; call model.eval(), because all other checks need it off")
+    check(failed, "repeat", loss_of(rows, s), loss_of(rows, s), "dropout is on; call model.eval()")
     if own_loss:
         check(failed, "own", loss_of(singles, 1), own_loss(singles),
               "the logits are in bfloat16; the port changes s = 1 too; the targets are the inputs")
@@ -87,8 +85,7 @@ class Spy(list):
     """A record of a trainer's forward passes, some ten steps on each side of the switch."""
 
     def record(self, step, inputs, targets, training, optimizer):
-        """Call this in every forward pass, also in validation. inputs and targets are the token ids
-        that the loss pairs, (B, l s) or (B, l, s)."""
+        """Call this in every forward pass, also in validation, with ids (B, l s) or (B, l, s)."""
         inputs, targets = inputs.flatten(1).cpu(), targets.flatten(1).cpu()
         count = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
         self.append((step, inputs, targets, training, count, optimizer.param_groups[0]["lr"]))
