@@ -1,13 +1,15 @@
+"""What several test files need. All tests run on the CPU; pretend.py simulates a GPU on it."""
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""         # where there is a GPU too it is a pretended one
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # hides a real GPU
 
 import numpy as np
 import pytest
@@ -18,10 +20,13 @@ VOCAB = 300
 
 @pytest.fixture(autouse=True)
 def same_everywhere():
+    """Each test has one thread and random seed 0, and handles the signals that a run handles."""
     torch.set_num_threads(1)
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-    handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
-    for number in handlers:             # whatever nohup or a shell's background has ignored
+    torch.manual_seed(0)
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")          # Windows lacks the last two
+    handlers = {number: signal.getsignal(number) for number in signal.Signals
+                if number.name in names}
+    for number in handlers:             # pytest inherits ignored signals from nohup or a shell
         signal.signal(number, signal.default_int_handler)
     yield
     for number, handler in handlers.items():
@@ -30,11 +35,11 @@ def same_everywhere():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder of shards: 60,000 training tokens in three files, 3,000 of validation."""
+    """A folder of shards: 60,000 training tokens in three files, and 3,000 validation tokens."""
     from tools.corpus import PATTERN, make_encoding, save_encoding, write_shard
     folder = tmp_path_factory.mktemp("corpus")
     tokens = np.random.default_rng(0).integers(0, VOCAB // 3, 63_000).astype(np.uint16)
-    tokens[1::2] = tokens[::2] * 2 + 7                          # half of them can be learnt
+    tokens[1::2] = tokens[::2] * 2 + 7          # every second token is determined by the last one
     for k in range(3):
         write_shard(folder / f"retrieval_train_{k}.bin", tokens[20_000 * k:20_000 * (k + 1)])
     write_shard(folder / "retrieval_val_0.bin", tokens[60_000:])
@@ -47,10 +52,29 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def flags(corpus):
-    """Of a run of 12 steps, 6 of them on bags of 3, in a second."""
+    """The flags of a run of 12 steps, which takes a second. 6 of the steps are on bags of 3."""
     return ("--model tiny --device cpu --n-layer 2 --n-embd 32 --n-head 4 --n-kv-head 2 "
             "--n-hidden 48 --seq-len 16 --batch-size 8 --steps 12 --s 3 --r 0.5 --eval-every 4 "
             f"--data {corpus}").split()
+
+
+def log(out):
+    """The log of the run in the folder out: a list with an entry (a dict) for each step."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [entry["loss"] for entry in log(out)]
+
+
+def run_script(*words, processes=1):
+    """Run a script with its arguments, which must succeed, and return what the script printed."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    done = subprocess.run(
+        [sys.executable, *(torchrun if processes > 1 else []), *map(str, words)],
+        capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def export_and_load(run, folder):
@@ -67,7 +91,6 @@ def export_and_load(run, folder):
         folder, output_loading_info=True)
     assert not any(report.values())     # no tensor is missing, unexpected or of another shape
     model, _ = sample.load_model(run)
-    torch.manual_seed(0)
     ids = torch.randint(0, VOCAB, (2, 16))
     with torch.no_grad():
         ours = model(ids[..., None])[..., :VOCAB]

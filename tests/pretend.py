@@ -1,7 +1,8 @@
-"""A pretended GPU: what the code asks of "cuda" happens on the CPU, with CUDA's argument checks.
+"""A simulated GPU. Operations on the device "cuda" run on the CPU, with CUDA's argument checks.
 
-`with PretendedGPU("Tesla T4"):` for this process; for several torchrun runs this file instead of
-train_tst.py. What is computed is float32, since autocast on "cuda" leaves CPU tensors alone.
+In one process: `with PretendedGPU("Tesla T4"):`. With torchrun, this file replaces train_tst.py,
+and its first argument is the name of the card. On a simulated GPU autocast changes nothing, so that
+the products are in float32, because autocast on "cuda" ignores tensors that are on the CPU.
 """
 import json
 import sys
@@ -15,38 +16,37 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 
-GPUS = 2
+GPUS = 2                                # per machine
 CAPABILITY = {"NVIDIA B200": (10, 0), "NVIDIA H100 80GB HBM3": (9, 0), "Tesla T4": (7, 5)}
 PARTS = {"embedding": "embed", "scaled_dot": "block", "silu": "block", "log_softmax": "loss"}
 
 
 class PretendedGPU(TorchFunctionMode):
-    """Sends every device argument "cuda..." to the CPU.
+    """Replaces every device "cuda" by the CPU, and counts what torch.compile compiles.
 
-    `current` is the index that was set. `graphs` are torch.compile's, [part, with gradients?] each.
+    `current` is the index that `torch.cuda.set_device` got. `graphs` has the pair [part, with
+    gradients?] of every compiled graph.
     """
 
     def __init__(self, name):
         super().__init__()
         self.current, self.graphs = 0, []
-        native = CAPABILITY[name] >= (8, 0)                 # bfloat16, which others emulate
-        stand_ins = dict(
-            is_available=lambda: True, device_count=lambda: GPUS,
-            current_device=lambda: self.current, set_device=self.set_device,
-            get_device_name=lambda device=None: name,
-            get_device_capability=lambda device=None: CAPABILITY[name],
-            is_bf16_supported=lambda including_emulation=True: including_emulation or native,
-            is_current_stream_capturing=lambda: False)      # which AdamW asks
-        self.patches = [mock.patch.object(torch.cuda, function, stand_in)
-                        for function, stand_in in stand_ins.items()]
-        self.patches += [
-            mock.patch.object(torch, "set_float32_matmul_precision"),   # it is the CPU's too
+        native_bfloat16 = CAPABILITY[name] >= (8, 0)        # older cards emulate bfloat16
+        self.patches = [
+            mock.patch.multiple(
+                torch.cuda, is_available=lambda: True, device_count=lambda: GPUS,
+                current_device=lambda: self.current, set_device=self.set_device,
+                get_device_name=lambda device=None: name,
+                get_device_capability=lambda device=None: CAPABILITY[name],
+                is_bf16_supported=lambda including_emulation=True: (
+                    including_emulation or native_bfloat16),
+                is_current_stream_capturing=lambda: False),     # AdamW calls this
+            mock.patch.object(torch, "set_float32_matmul_precision"),   # would change the CPU's
             mock.patch.object(torch, "compile", self.compile),
-            # A build of PyTorch for CUDA would look for a real one here
+            # A build of PyTorch for CUDA would look for a real GPU in this function
             mock.patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None),
-            mock.patch.object(dist, "init_process_group", self.with_gloo),
-            # Its users take it by name, so be there before they are imported
-            mock.patch.object(dist.device_mesh, "init_device_mesh", self.cpu_mesh)]
+            mock.patch.object(dist, "init_process_group", self.init_gloo),
+            mock.patch.object(dist.device_mesh, "init_device_mesh", self.init_cpu_mesh)]
 
     def __enter__(self):
         for patch in self.patches:
@@ -60,11 +60,11 @@ class PretendedGPU(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if function is torch.device:            # only a name until something is put there
+        if function is torch.device:            # `torch.device("cuda")` has to stay this device
             return function(*args, **kwargs)
         if function is torch.Tensor.pin_memory:
             return args[0]
-        # `with torch.device(...):` acts below every other mode, so its part is done here
+        # PyTorch would read the device of `with torch.device(...):` after this function
         default = _device.CURRENT_DEVICE
         if default and kwargs.get("device") is None and function in _device._device_constructors():
             kwargs["device"] = default
@@ -72,7 +72,7 @@ class PretendedGPU(TorchFunctionMode):
         return function(*map(self.on_cpu, args), **kwargs)
 
     def on_cpu(self, value):
-        """The CPU for a CUDA device that is there, anything else as it is."""
+        """The CPU if value is a device of CUDA with a valid index, else value."""
         if isinstance(value, str) and value.startswith("cuda"):
             value = torch.device(value)
         if not isinstance(value, torch.device) or value.type != "cuda":
@@ -81,41 +81,42 @@ class PretendedGPU(TorchFunctionMode):
             raise RuntimeError("CUDA error: invalid device ordinal")
         return torch.device("cpu")
 
-    def set_device(self, device):               # it has to have an index
-        self.current = torch.cuda._utils._get_device_index(device)
+    def set_device(self, device):
+        self.current = torch.cuda._utils._get_device_index(device)      # fails without an index
 
     def compile(self, function, real=torch.compile, **options):
-        """torch.compile, which runs a graph as it is traced, by PyTorch's own operators."""
-        compiled = real(function, backend=self.count, **options)
+        """torch.compile with the backend `record`, which is the same for all functions."""
+        compiled = real(function, backend=self.record, **options)
 
-        def run(*args, **kwargs):
-            # Not to be traced: it makes no tensors. And the compiler must not look for the GPU
+        def run(*args, **kwargs):       # the compiler must see neither this mode nor a GPU
             with torch._C.DisableTorchFunction(), \
                     mock.patch.object(torch.cuda, "is_available", lambda: False):
                 return compiled(*args, **kwargs)
         return run
 
-    def count(self, graph, inputs):
+    def record(self, graph, inputs):
+        """Record a graph, and run it without changes. A graph of no PARTS only tries compilation."""
         part = [PARTS[word] for word in PARTS if word in graph.code]
-        if part:                                # not the line that tries the compiler
+        if part:
             self.graphs.append([part[0], torch.is_grad_enabled()])
         return graph.forward
 
     @staticmethod
-    def with_gloo(backend, *args, real=dist.init_process_group, **kwargs):
+    def init_gloo(backend, *args, real=dist.init_process_group, **kwargs):
         assert backend == "cpu:gloo,cuda:nccl"
         return real("gloo", *args, **kwargs)
 
     @staticmethod
-    def cpu_mesh(device_type, *args, real=dist.device_mesh.init_device_mesh, **kwargs):
-        assert device_type == "cuda"    # it is given no index
+    def init_cpu_mesh(device_type, *args, real=dist.device_mesh.init_device_mesh, **kwargs):
+        assert device_type == "cuda"            # a device with an index is an error here
         return real("cpu", *args, **kwargs)
 
 
 if __name__ == "__main__":
-    with PretendedGPU(sys.argv[1]) as gpu:
+    card, *flags = sys.argv[1:]
+    with PretendedGPU(card) as gpu:     # first, because some modules copy the patched functions
         import train_tst
-        train_tst.main(sys.argv[2:])
+        train_tst.main(flags)
         assert gpu.current == train_tst.LOCAL_RANK
-        out = train_tst.parse(sys.argv[2:]).out
+        out = train_tst.parse(flags).out
     Path(out, f"graphs{train_tst.RANK}.json").write_text(json.dumps(gpu.graphs))

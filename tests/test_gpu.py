@@ -1,21 +1,18 @@
-"""What must hold on a GPU, as far as a machine without one can tell.
+"""What must hold on a GPU, as far as a machine without a GPU can tell.
 
-A pretended GPU takes the script where CUDA would, and fake tensors on "cuda:0" have a GPU's
-dtypes, devices and choices of kernels. Speed, memory, NCCL and rounding are for a real one.
+The script trains on a simulated GPU (pretend.py). Fake tensors on "cuda:0" have no values, but they
+have the dtypes and the choice of kernels of a GPU. Speed, memory, NCCL and rounding errors need a
+real GPU.
 """
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, VOCAB, losses, run_script
 from pretend import PretendedGPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -29,7 +26,7 @@ H100, T4, B200 = "NVIDIA H100 80GB HBM3", "Tesla T4", "NVIDIA B200"
 
 @pytest.fixture(scope="module")
 def flags(corpus):
-    """Of a run that says nothing of the device, with blocks above DDP's first bucket of 1 MB."""
+    """A run on the default device. Its blocks are larger than DDP's first bucket of 1 MB."""
     return ("--model tiny --n-layer 2 --n-embd 256 --n-head 4 --n-kv-head 2 --n-hidden 512 "
             "--seq-len 16 --batch-size 16 --micro-batch-size 4 --steps 12 --s 3 --r 0.5 "
             f"--eval-every 6 --data {corpus}").split()
@@ -37,84 +34,60 @@ def flags(corpus):
 
 @pytest.fixture(scope="module")
 def on_cpu(flags, tmp_path_factory):
+    """The folder of this run on the CPU."""
     out = tmp_path_factory.mktemp("on_cpu") / "run"
-    train_tst.main([*flags, "--device", "cpu", "--out", str(out)])
-    return losses(out)
+    train_tst.main([*flags, "--out", str(out)])
+    return out
 
 
-def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+def training_graphs(graphs):
+    """{part of the model: number of its graphs with gradients}"""
+    return {part: graphs.count([part, True]) for part in ("embed", "block", "loss")}
 
 
-def start(card, words, monkeypatch):
-    """Three steps of a run on one card, and SIGTERM in the third."""
-    real, steps = torch.nn.utils.clip_grad_norm_, iter("123")
-
-    def clip(*args, **kwargs):
-        if next(steps) == "3":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch, PretendedGPU(card):
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-        train_tst.main(words)
-
-
-# The whole script
+# The whole script on simulated GPUs
 
 @pytest.mark.parametrize("card, dtype", [(H100, "bfloat16"), (T4, "float16")])
-def test_one_gpu_needs_no_flag(flags, on_cpu, card, dtype, tmp_path, capsys, monkeypatch):
-    words = [*flags, "--out", str(tmp_path / "run")]
-    start(card, words, monkeypatch)
-    assert f"1 x {card}, {dtype}, compiled" in capsys.readouterr().out
-    assert len(losses(tmp_path / "run")) == 3
-    with PretendedGPU(card):
-        train_tst.main([*words, "--resume"])
-        assert losses(tmp_path / "run") == pytest.approx(on_cpu, abs=1e-4)
-        sample.main([str(tmp_path / "run"), "--prompt", "ab", "--tokens", "3"])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("ab")
-    assert bool(train_tst.load_checkpoint(tmp_path / "run")["scaler"]) == (dtype == "float16")
+def test_one_gpu_trains_without_any_flag_for_it(flags, on_cpu, card, dtype, tmp_path, capsys):
+    with PretendedGPU(card) as gpu:
+        train_tst.main([*flags, "--out", str(tmp_path)])
+        assert f"1 x {card}, {dtype}, compiled" in capsys.readouterr().out
+        sample.main([str(tmp_path), "--prompt", "ab", "--tokens", "3"])
+        assert capsys.readouterr().out.startswith("ab")
+    assert losses(tmp_path) == pytest.approx(losses(on_cpu), abs=1e-4)
+    # The blocks share one graph. The embedding and the loss have one graph for each s
+    assert training_graphs(gpu.graphs) == {"embed": 2, "block": 1, "loss": 2}
+    scaler = train_tst.load_checkpoint(tmp_path)["scaler"]
+    assert bool(scaler) == (dtype == "float16")
 
 
-@pytest.mark.parametrize("card, more", [(T4, []), (H100, ["--fsdp"])], ids=["ddp", "fsdp"])
-def test_two_gpus_go_on_where_one_stopped_and_a_cpu_where_they_did(
-        flags, on_cpu, tmp_path, card, more, monkeypatch):
-    out, branch = tmp_path / "run", tmp_path / "branch"
-    start(card, [*flags, "--out", str(out)], monkeypatch)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-         str(ROOT / "tests/pretend.py"), card, *flags, *more, "--out", str(out), "--resume"],
-        capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert f"2 x {card}, " in done.stdout and ", compiled" in done.stdout
-    # FSDP's own bfloat16 is of any device
-    assert losses(out) == pytest.approx(on_cpu, abs=2e-2 if more else 1e-4)
-
-    branch.mkdir()                      # no CUDA here: device, dtype and compile are this machine's
-    shutil.copy(out / "ckpt_switch.pt", branch / "ckpt.pt")
-    train_tst.main([*flags, "--out", str(branch), "--resume"])
-    assert losses(branch) == pytest.approx(on_cpu[6:], abs=2e-2 if more else 1e-4)
-
-    # To train, one graph for all blocks, and one for each s of the two parts that see it
+@pytest.mark.parametrize("card, more, tolerance", [
+    (T4, [], 1e-4), (H100, ["--fsdp"], 2e-2)], ids=["ddp", "fsdp"])     # FSDP uses bfloat16 itself
+def test_two_gpus_continue_the_run_of_a_cpu(flags, on_cpu, tmp_path, card, more, tolerance):
+    shutil.copy(on_cpu / "ckpt_switch.pt", tmp_path / "ckpt.pt")
+    printed = run_script(ROOT / "tests/pretend.py", card, *flags, *more, "--out", tmp_path,
+                         "--resume", processes=2)
+    assert f"2 x {card}, " in printed and ", compiled" in printed
+    assert losses(tmp_path) == pytest.approx(losses(on_cpu)[6:], abs=tolerance)
     for rank in (0, 1):
-        graphs = json.loads((out / f"graphs{rank}.json").read_text())
-        assert [graphs.count([part, True]) for part in ("embed", "block", "loss")] == [2, 1, 2]
+        graphs = json.loads((tmp_path / f"graphs{rank}.json").read_text())
+        assert training_graphs(graphs) == {"embed": 1, "block": 1, "loss": 1}
 
 
 def test_a_gpu_without_memory_does_not_wait_for_the_others(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                         Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)       # the others are pretended too
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)   # as if there were other processes
     monkeypatch.setattr(dist, "destroy_process_group",
                         Mock(side_effect=AssertionError("NCCL would wait for them")))
-    monkeypatch.setenv("LOCAL_RANK", "1")                           # whichever it is says so
-    with pytest.raises(SystemExit), PretendedGPU(H100):
-        train_tst.main([*flags, "--no-compile", "--out", str(tmp_path / "run")])
+    monkeypatch.setenv("LOCAL_RANK", "1")                       # every process prints this error
+    with pytest.raises(SystemExit):
+        train_tst.main([*flags, "--out", str(tmp_path)])
     assert "--micro-batch-size 4 needs more memory" in capsys.readouterr().err
 
 
-def test_a_gpu_is_taken_by_its_index_and_one_that_is_not_there_is_named(flags, tmp_path, capsys):
-    words = [*flags, "--steps", "2", "--no-compile", "--out", str(tmp_path / "run"), "--device"]
+def test_a_gpu_is_chosen_by_its_index_which_must_exist(flags, tmp_path, capsys):
+    words = [*flags, "--steps", "2", "--no-compile", "--out", str(tmp_path), "--device"]
     with PretendedGPU(H100) as gpu:
         with pytest.raises(SystemExit):
             train_tst.main([*words, "cuda:2"])
@@ -124,55 +97,50 @@ def test_a_gpu_is_taken_by_its_index_and_one_that_is_not_there_is_named(flags, t
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTorch before 2.10")
-@pytest.mark.parametrize("card, grouped", [(H100, True), (B200, False)])
-def test_experts_have_one_product_but_on_blackwell_where_its_gradient_is_wrong(card, grouped):
-    with PretendedGPU(card):
-        assert MoE(Config(1, 32, 4, 2, 24, n_expert=5)).grouped == grouped
+def test_experts_use_the_grouped_product_except_on_blackwell_where_its_gradient_is_wrong():
+    for card, grouped in ((H100, True), (B200, False)):
+        with PretendedGPU(card):
+            assert MoE(Config(1, 32, 4, 2, 24, n_expert=5)).grouped == grouped
 
 
-# Fake tensors
+# Fake tensors on "cuda:0"
 
-class Calls(TorchFunctionMode):
-    """`attention` has q's dtype, the heads of q and k, and enable_gqa, of each call of it."""
+class AttentionCalls(TorchFunctionMode):
+    """Collects (dtype, heads of q, heads of k, enable_gqa) of all calls of attention in `found`."""
 
     def __init__(self):
         super().__init__()
-        self.attention = set()
+        self.found = set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             q, k, v = args
             assert q.dtype == k.dtype == v.dtype
-            self.attention.add((q.dtype, q.size(1), k.size(1), kwargs["enable_gqa"]))
-        if function is torch.Tensor.__getitem__:    # a build for the CPU would ask for the driver
-            rope, i = args                          # rope[0], rope[:, :l]
+            self.found.add((q.dtype, q.size(1), k.size(1), kwargs["enable_gqa"]))
+        if function is torch.Tensor.__getitem__:    # needs CUDA's driver, but these two do not
+            rope, i = args                          # rope[0] or rope[1], or rope[:, :l]
             return rope.select(0, i) if isinstance(i, int) else rope.narrow(1, 0, i[1].stop)
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def fake(monkeypatch):
-    """A tensor on "cuda" is a shape, a dtype and a device. Gradients would ask for the driver."""
-    for draw in ("uniform_", "normal_"):            # initial weights, which autograd would see
-        monkeypatch.setattr(torch.Tensor, draw, lambda tensor, *args, **kwargs: tensor)
-    with FakeTensorMode(), torch.no_grad(), Calls() as calls:
-        yield calls
-    torch.set_autocast_enabled("cuda", False)
-
-
-@pytest.mark.parametrize("dtype, kv_heads", [       # all fused kernels know GQA in bfloat16 alone
-    (torch.float32, 4), (torch.float16, 4), (torch.bfloat16, 2)])
-def test_stream_and_products_are_in_autocasts_dtype_and_attention_is_fused(fake, dtype, kv_heads):
-    stream = set()
-    with torch.device("cuda:0"):
-        model = GPT(Config(2, 32, 4, 2, 48, vocab_size=300, seq_len=16)).requires_grad_(False)
-        bags = torch.zeros(2, 16, 3, dtype=torch.int64)
-    for part in (*model.blocks, model.norm):
-        part.register_forward_pre_hook(lambda part, given: stream.add(given[0].dtype))
-    if dtype != torch.float32:          # torch.autocast turns itself off where no GPU is
-        torch.set_autocast_dtype("cuda", dtype)
-        torch.set_autocast_enabled("cuda", True)
-    logits, loss = model(bags), model(bags, bags)
+@pytest.mark.parametrize("dtype, kv_heads", [
+    (torch.float32, 4), (torch.float16, 4), (torch.bfloat16, 2)])   # only bfloat16 has fused GQA
+def test_activations_have_the_dtype_of_autocast_and_attention_is_fused(
+        dtype, kv_heads, monkeypatch):
+    for name in ("uniform_", "normal_"):            # initialising weights needs CUDA's driver
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, *args, **kwargs: tensor)
+    dtypes = set()
+    with FakeTensorMode(), AttentionCalls() as attention:
+        with torch.device("cuda:0"):
+            model = GPT(Config(2, 32, 4, 2, 48, vocab_size=VOCAB, seq_len=16)).requires_grad_(False)
+            bags = torch.zeros(2, 16, 3, dtype=torch.int64)
+        for module in (*model.blocks, model.norm):  # their inputs are the residual stream
+            module.register_forward_pre_hook(lambda module, inputs: dtypes.add(inputs[0].dtype))
+        if dtype != torch.float32:                  # torch.autocast would look for a GPU
+            torch.set_autocast_dtype("cuda", dtype)
+            torch.set_autocast_enabled("cuda", True)
+        logits, loss = model(bags), model(bags, bags)
+        torch.set_autocast_enabled("cuda", False)
     assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
-    assert logits.is_cuda and loss.is_cuda and stream == {dtype}
-    assert fake.attention == {(dtype, 4, kv_heads, kv_heads < 4)}
+    assert logits.is_cuda and loss.is_cuda and dtypes == {dtype}
+    assert attention.found == {(dtype, 4, kv_heads, kv_heads < 4)}
