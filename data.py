@@ -37,7 +37,7 @@ class Batches:
         step 2     2, 3, 4                                  block 0, row 1
         step 3     4, 5, 6                                  block 0, row 2
 
-    So each token is an input at most once per epoch. `epochs` is how often the run reads its data.
+    So each token is an input at most once per epoch. `epochs` is the maximum over the phases.
     """
 
     def __init__(self, tokens, steps, switch, s, batch_size, seq_len, seed):
@@ -54,7 +54,7 @@ class Batches:
         self.epochs = max(n_steps * batch_size / max(1, n_rows) for n_steps, n_rows in phases)
 
     def rows(self, step, first, count):
-        """Rows first to first + count - 1 of the batch of a step: (count, (l + 1) * s) int64."""
+        """Read count rows of a step's batch, from row `first` on: (count, (l + 1) * s) int64."""
         if step < self.switch:
             s, blocks, rows_per_block, phase_start = self.s, self.superposition, 1, 0
         else:
@@ -72,13 +72,13 @@ class Stream:
     def __init__(self, files, vocab_size):
         self.files, self.vocab_size = files, vocab_size
         self.shards = [read_shard(file) for file in files]
-        self.bounds = np.cumsum([0, *map(len, self.shards)])    # shard k: bounds[k] to [k + 1]
+        self.bounds = np.cumsum([0, *map(len, self.shards)])    # k: from bounds[k] to bounds[k + 1]
 
     def __len__(self):
         return int(self.bounds[-1])
 
     def rows(self, starts, n):
-        """The n tokens from each of the starts on: (len(starts), n) int64."""
+        """One row of n tokens for each start, from that token on: (len(starts), n) int64."""
         rows = np.empty((len(starts), n), np.int64)
         for row, start in zip(rows, starts):                # a row can lie in several shards
             first = np.searchsorted(self.bounds, start, side="right") - 1
@@ -88,7 +88,7 @@ class Stream:
                                      for k in range(first, after)])
         if rows.max() >= self.vocab_size:
             fail(f"{self.files[0].parent} has the token id {rows.max()}, but a vocabulary of "
-                 f"{self.vocab_size}. Use shards of one tokenizer.", every_process=True)
+                 f"{self.vocab_size}. Use files of one tokenizer.", every_process=True)
         return torch.from_numpy(rows)
 
 
@@ -105,18 +105,19 @@ def read_shard(path):
 def load(folder):
     """Open a folder of shards -> (train Stream, val Stream, meta dict, bytes of each token).
 
-    meta["shards"] is a hash of names, sizes and first tokens. Bytes are 0 without encoding.json.
+    meta["shards"] is a hash of names, sizes and first tokens. Without encoding.json the numbers of
+    bytes are 0.
     """
     streams, names, heads, path = [], [], [], Path(folder, "meta.json")
     try:
-        meta = json.loads(path.read_text()) if path.exists() else dict(GPT2)    # as in llm.c
+        meta = json.loads(path.read_text()) if path.exists() else dict(GPT2)    # llm.c has none
         token_bytes, _ = torch.zeros(int(meta["vocab_size"])), meta["tokenizer"]
         for path in Path(folder).glob("encoding.json"):
             for token, i in json.loads(path.read_text())["mergeable_ranks"].items():
                 token_bytes[i] = len(base64.b64decode(token))
     except (ValueError, LookupError, TypeError, AttributeError):
         fail(f"{path} is damaged. Restore the file. An example of meta.json is {json.dumps(GPT2)}")
-    for split in ("train", "val"):      # whole words of a name: "retrieval" does not count as "val"
+    for split in ("train", "val"):      # compare whole words, because "retrieval" contains "val"
         files = [file for file in sorted(Path(folder).glob("*.bin"))
                  if split in re.split("[^a-z]+", file.name.lower()) and file.name[0] != "."]
         streams.append(Stream(files, len(token_bytes)))

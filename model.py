@@ -2,8 +2,8 @@
 
 The first two functions are token superposition. The rest is an ordinary GPT with RMSNorm, RoPE,
 grouped-query attention (GQA), SwiGLU or a mixture of experts, no biases, and separate tables for
-the embedding and the head. In shapes, B is the number of rows, l of positions in a row, s of tokens
-in a bag, V of token ids, and d is the width of the residual stream.
+the embedding and the head. In shapes, B is the number of rows, l the number of positions in a row,
+s the number of tokens in a bag, V the number of token ids, d the width of the residual stream.
 """
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ def bag_average(table, bags):
     """Input: each bag becomes one s-token, the mean of its tokens' embeddings (paper, section 3).
 
     table (V, d) float, bags (B, l, s) integer -> (B, l, d) in the dtype of the table. The mean is
-    taken in float32 or better. With s = 1 it equals the plain embedding bit for bit.
+    taken in float32 or float64. With s = 1 it equals the plain embedding bit for bit.
     """
     return at_least_float32(F.embedding(bags, table)).mean(2).to(table.dtype)
 
@@ -24,7 +24,7 @@ def bag_average(table, bags):
 def multi_hot_cross_entropy(logits, targets):
     """Loss: the mean of the cross-entropies of all tokens of the next bag (MCE in the paper).
 
-    logits (B, l, V) float, targets (B, l, s) integer -> scalar in nats, in float32 or better. A
+    logits (B, l, V) float, targets (B, l, s) integer -> scalar in nats, float32 or float64. A
     token that occurs twice in a bag counts twice. With s = 1 it is the ordinary cross-entropy.
     """
     return -at_least_float32(logits).log_softmax(-1).gather(-1, targets).mean()
@@ -39,7 +39,7 @@ class Config:
     n_layer: int
     n_embd: int                         # d, the width of the residual stream
     n_head: int                         # query heads
-    n_kv_head: int                      # key-value heads; n_head / n_kv_head query heads share each
+    n_kv_head: int                      # key-value heads, each for n_head / n_kv_head query heads
     n_hidden: int                       # hidden width of the SwiGLU, or of each expert
     n_expert: int = 0                   # experts per layer; 0 means one SwiGLU for all tokens
     n_active: int = 2                   # experts that each token uses
@@ -47,8 +47,8 @@ class Config:
     qk_norm: bool = False               # RMSNorm of the queries and keys of each head, as in Qwen3
     rope_theta: float = 500_000.0       # base of the RoPE frequencies
     init_std: float = 0.02              # standard deviation of the initial weights of the blocks
-    seq_len: int = 1024                 # l, the number of positions: of bags, then of single tokens
-    vocab_size: int = 50_257            # the tokens that exist; V is the next multiple of 64
+    seq_len: int = 1024                 # context length l, in bags or in single tokens
+    vocab_size: int = 50_257            # ids of the tokenizer; V is rounded up to a multiple of 64
 
 
 class GPT(nn.Module):
@@ -60,7 +60,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, padded, bias=False)
-        # The order of operations is Hugging Face's, because rounding errors grow with the position
+        # The order of operations is Hugging Face's, so that both have the same rounding errors
         columns = torch.arange(0, self.blocks[0].head_dim, 2, dtype=torch.float32)
         frequency = 1 / config.rope_theta ** (columns / self.blocks[0].head_dim)
         angle = torch.outer(torch.arange(config.seq_len, dtype=torch.float32), frequency)
@@ -83,7 +83,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(self.norm(x))
         loss = self.loss(x, targets)
-        if balances:                    # keeps all experts in use; the weight is Qwen3's
+        if balances:                    # keep all experts in use; the factor 1e-3 is Qwen3's
             balance = 1e-3 * self.config.n_active * torch.stack(balances).mean()
             loss = loss + (balance - balance.detach())      # adds its gradient, but not its value
         return loss
@@ -98,10 +98,11 @@ class GPT(nn.Module):
         return multi_hot_cross_entropy(self.head(self.norm(x)), targets)
 
     def flops_per_position(self):
-        """Model FLOPs of forward and backward per position. They do not depend on s."""
+        """FLOPs per position, forward and backward, for any s: products with active weights, and
+        attention over all l x l pairs. Norms and lookups are not counted."""
         c, attention_width = self.config, self.blocks[0].out.in_features
         weights = sum(p.numel() * c.n_active // c.n_expert if p.ndim == 3 else p.numel()
-                      for p in self.parameters() if p.ndim > 1)     # with 3 axes: the experts
+                      for p in self.parameters() if p.ndim > 1)     # expert weights have 3 axes
         weights -= self.embedding.weight.numel()        # an embedding lookup is no matrix product
         return 6 * weights + 12 * c.n_layer * attention_width * c.seq_len   # matrices, attention
 
@@ -165,7 +166,7 @@ def rotate(x, rope):
 
 
 class MoE(nn.Module):
-    """A mixture of experts (arXiv 1701.06538): the router picks and weights k SwiGLUs per token."""
+    """A mixture of E SwiGLUs (arXiv 1701.06538). A router chooses k of them for each token."""
 
     def __init__(self, config):
         super().__init__()
@@ -173,8 +174,8 @@ class MoE(nn.Module):
         self.router = nn.Linear(d, n, bias=False)
         self.gate_up = nn.Parameter(torch.empty(n, 2 * h, d))
         self.down = nn.Parameter(torch.empty(n, d, h))
-        # grouped_mm (PyTorch 2.10) needs rows of a multiple of 16 bytes. On Blackwell its gradient
-        # is wrong for an expert without tokens (PyTorch issue 172439)
+        # grouped_mm (PyTorch 2.10) needs rows whose size is a multiple of 16 bytes. On Blackwell
+        # its gradient is wrong for an expert without tokens (PyTorch issue 172439)
         blackwell = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
         self.grouped = hasattr(F, "grouped_mm") and d % 8 == h % 8 == 0 and not blackwell
 
@@ -185,9 +186,9 @@ class MoE(nn.Module):
         weight, expert = p.topk(self.n_active)                          # (N, k)
         weight = weight / weight.sum(1, keepdim=True)
         # Sort the tokens by expert, so that the rows of each expert are contiguous
-        expert, order = expert.flatten().sort(stable=True)              # (N k)
-        token, counts = order // self.n_active, F.one_hot(expert, p.size(1)).sum(0)     # (E,)
-        dtype = logits.dtype            # 16 bits under autocast, which does not cast the products
+        expert, order = expert.flatten().sort(stable=True)              # both (N k,)
+        token, counts = order // self.n_active, F.one_hot(expert, p.size(1)).sum(0) # (N k,), (E,)
+        dtype = logits.dtype            # autocast does not cast the inputs of the products below
         grouped = self.grouped and dtype == torch.bfloat16
         products = grouped_products if grouped else loop_of_products
         gate, up = products(tokens.to(dtype)[token], self.gate_up.to(dtype), counts).chunk(2, 1)
@@ -205,5 +206,5 @@ def grouped_products(x, weights, counts):               # (n, in), (E, out, in),
 
 @torch.compiler.disable                 # torch.compile would recompile whenever a count changes
 def loop_of_products(x, weights, counts):
-    rows = x.split(counts.tolist())     # a GPU waits here for the counts; grouped_mm does not wait
+    rows = x.split(counts.tolist())     # the CPU waits for the GPU here; grouped_mm needs no wait
     return torch.cat([F.linear(expert_rows, w) for expert_rows, w in zip(rows, weights)])

@@ -1,4 +1,4 @@
-"""The claims of the method. Each test checks one of them: python -m pytest test_tst.py
+"""The claims of the method, one for each test. Run them by `python -m pytest test_tst.py`.
 
 The tests of everything else, such as resuming and bad input, are in tests/.
 """
@@ -62,7 +62,7 @@ def test_the_average_of_bfloat16_embeddings_is_taken_in_float32():
 
 @pytest.mark.parametrize("s", [1, 5])
 def test_the_multi_hot_loss_is_the_mean_of_s_cross_entropies(s):
-    """So for s = 1 it is the ordinary loss, and a token that occurs twice counts twice."""
+    """For s = 1 it is the ordinary loss. A token that occurs twice in a bag counts twice."""
     logits = torch.randn(3, 7, 40, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 9, (3, 7, s))
     loss = multi_hot_cross_entropy(logits, targets)
@@ -72,20 +72,23 @@ def test_the_multi_hot_loss_is_the_mean_of_s_cross_entropies(s):
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, slow)))
 
 
-def test_the_loss_is_the_divergence_from_the_bag_plus_log_s():
-    """So its floor is log s and not 0. Therefore it cannot be compared with a next-token loss."""
+def test_the_loss_is_the_divergence_from_the_bag_plus_log_s_if_its_tokens_differ():
+    """The lowest loss of such a bag is log s and not 0. If tokens repeat, the lowest loss is lower.
+
+    Therefore a bag loss cannot be compared with a next-token loss.
+    """
     logits, bag = torch.randn(40, dtype=torch.float64), torch.tensor([3, 1, 4, 5])
     bag_distribution = F.one_hot(bag, 40).double().mean(0)
     divergence = F.kl_div(logits.log_softmax(0), bag_distribution, reduction="sum")
     torch.testing.assert_close(multi_hot_cross_entropy(logits, bag), divergence + math.log(4))
 
 
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-def test_the_loss_is_taken_in_float32_under_autocast(low):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_is_taken_in_float32_under_autocast(dtype):
     logits, bag = torch.zeros(256), torch.tensor([7, 101, 102, 103, 104, 105])
     logits[:100] = -16
-    with torch.autocast("cpu", low):
-        loss = multi_hot_cross_entropy(logits.to(low), bag)
+    with torch.autocast("cpu", dtype):
+        loss = multi_hot_cross_entropy(logits.to(dtype), bag)
     expected = 16 / 6 + math.log(156 + 100 * math.exp(-16))     # in bfloat16, 16 / 6 is 2.672
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, abs=1e-4)
 
@@ -116,7 +119,7 @@ def test_the_logits_at_position_j_depend_only_on_bags_0_to_j():
         assert not torch.equal(after[0, j + 1], before[0, j + 1])
 
 
-# A superposed step costs no more than another step
+# A superposed step costs as much as a step of the baseline
 
 @pytest.mark.parametrize("s", [1, 6])
 def test_a_superposed_step_costs_the_flops_of_a_baseline_step(s):
@@ -147,7 +150,7 @@ def test_batches_follow_the_example_in_their_docstring():
         [[6, 7, 8, 9, 10, 11, 12, 13, 14]], [[0, 1, 2]], [[2, 3, 4]], [[4, 5, 6]]]
 
 
-def test_in_an_epoch_no_token_is_an_input_twice_nor_a_target_twice_in_a_phase():
+def test_in_an_epoch_no_token_is_twice_an_input_or_twice_a_target_of_one_phase():
     batches = data.Batches(Counting(10_007), 62, 14, 4, batch_size=7, seq_len=13, seed=3)
     assert 0.9 < batches.epochs < 1
     inputs = []
@@ -182,8 +185,8 @@ def test_any_number_of_processes_and_micro_batches_reads_the_same_rows():
 # Runs on a toy language, in which a token is random or is determined by the token before it
 
 RANDOM_TOKENS = 20                      # a random token is one of 20, and each has its own follower
-BEST_LOSS = math.log(RANDOM_TOKENS) / 2         # in nats per token, because every other one is free
-BEST_BAG_LOSS = math.log(2 * RANDOM_TOKENS)     # a bag of 2 has any random token and its follower
+BEST_LOSS = math.log(RANDOM_TOKENS) / 2         # nats per token: every second token is random
+BEST_BAG_LOSS = math.log(2 * RANDOM_TOKENS)     # in a bag, each of the 40 tokens is equally likely
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +243,7 @@ def tst(language, tmp_path_factory):
     return out, train(language, out, "--s", "2", "--r", "0.5")
 
 
-def test_both_phases_approach_the_best_possible_loss(tst):
+def test_both_phases_lower_the_loss_and_the_bag_loss_comes_close_to_the_best_loss(tst):
     log = tst[1]
     assert log[0]["loss"] == pytest.approx(math.log(256), abs=0.1)
     assert [(entry["phase"], entry["s"]) for entry in log] == (
@@ -285,7 +288,7 @@ def test_the_learning_rate_does_not_depend_on_the_switch(tst):
 
 
 def test_s_1_is_the_baseline(language, tmp_path):
-    """It has the losses of an ordinary loop for every r, and so has r = 0 for every s."""
+    """With s = 1 for every r, and with r = 0 for every s, the losses are an ordinary loop's."""
     log = train(language, tmp_path / "s1", "--s", "1", "--r", "0.7", "--steps", "40")
     same = train(language, tmp_path / "r0", "--s", "6", "--r", "0", "--steps", "40")
     assert {(entry["phase"], entry["s"]) for entry in log} == {("recovery", 1)}

@@ -1,8 +1,8 @@
 """Pre-train a language model with Token-Superposition Training (TST, arXiv 2605.06546).
 
-For the first r of the steps (the superposition phase) the model reads bags of s tokens, as the mean
-of their embeddings, and predicts the next bag by multi-hot cross-entropy. Then (in the recovery
-phase) it trains on ordinary next tokens. Only the shape of a batch changes at the switch.
+For a fraction r of the steps (the superposition phase) the model reads bags of s tokens, each as
+the mean of its embeddings, and predicts the next bag by multi-hot cross-entropy. Then (in the
+recovery phase) it trains on ordinary next tokens. At the switch only the shape of a batch changes.
 
     python train_tst.py --s 6 --r 0.3                       # TST
     python train_tst.py --s 1                               # the baseline, by the same code
@@ -33,7 +33,7 @@ import data
 from data import fail
 from model import GPT, Config
 
-# A preset is the shape of a model and its training. A flag of the same name overrides a value
+# A preset has the shape of a model and its training. Each value except eval_tokens has a flag
 TINY = dict(n_layer=3, n_embd=96, n_head=4, n_kv_head=4, n_hidden=192, seq_len=96, init_std=0.05,
     rope_theta=10_000.0, data="data/python", s=4, r=0.2, steps=2400, batch_size=32, lr=3e-3,
     warmup_steps=200, decay_frac=0.4, micro_batch_size=64, eval_tokens=200_000)
@@ -55,7 +55,7 @@ PRESETS = {
 BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
 SHAPE = {field.name: field.default for field in fields(Config) if field.name != "vocab_size"}
 MAY_DIFFER = ("resume", "out", "data", "device", "dtype", "compile", "fsdp", "micro_batch_size",
-              "eval_every", "save_every")               # from the earlier flags, with --resume
+              "eval_every", "save_every")               # --resume accepts new values of these
 FULL_STATE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 RANK = int(os.environ.get("RANK", 0))                   # torchrun sets these three variables
@@ -94,18 +94,18 @@ def train(args, run):
     describe(args, run, model, device, len(train_tokens), switch, batches.epochs)
     run.open(meta)                                      # from here on the run writes to its folder
 
-    n_rows, micro = args.batch_size // WORLD, args.micro_batch_size     # rows per step and pass
+    n_rows, micro = args.batch_size // WORLD, args.micro_batch_size     # in this process; per pass
     warmup, decay = max(1, args.warmup_steps), max(1, round(args.decay_frac * args.steps))
     for step in range(run.first_step, args.steps):
-        # The phase switch: bags of s tokens before it, single tokens from it on
+        # The phase switch: a bag has s tokens before the switch, and one token after the switch
         s = args.s if step < switch else 1
         loss = torch.zeros((), device=device)
         for i in range(0, n_rows, micro):               # gradient accumulation
             rows = batches.rows(step, RANK * n_rows + i, micro)         # (micro, (l + 1) * s)
-            rows = rows.pin_memory() if device.type == "cuda" else rows     # copies asynchronously
+            rows = rows.pin_memory() if device.type == "cuda" else rows     # for an async copy
             bags = rows.to(device, non_blocking=True).view(micro, l + 1, s)
             inputs, targets = bags[:, :-1], bags[:, 1:]                 # bag j predicts bag j + 1
-            wrapped.require_backward_grad_sync = i + micro == n_rows    # DDP communicates once
+            wrapped.require_backward_grad_sync = i + micro == n_rows    # DDP: after the last pass
             with autocast:
                 micro_loss = wrapped(inputs, targets) / (n_rows // micro)
             scaler.scale(micro_loss).backward()
@@ -121,7 +121,7 @@ def train(args, run):
         scaler.update()
         optimizer.zero_grad(set_to_none=wrapped is model)       # DDP reuses its gradient buffers
 
-        # Average over the processes. Only here does the CPU wait for the GPU
+        # Average over the processes. In these lines the CPU waits for the GPU
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm     # FSDP shards it
         sums = torch.stack((loss, norm, torch.full_like(loss, len(run.signals))))
         if WORLD > 1:
@@ -152,7 +152,7 @@ def train(args, run):
     folder = shlex.quote(args.out)
     report(f"\n{args.out} is complete.\n"
            f"plot the losses          python tools/plot.py {folder}\n"
-           f"see what bags teach      python tools/peek.py {folder}\n"
+           f"see what it learned      python tools/peek.py {folder}\n"
            f"sample text              python tools/sample.py {folder}")
 
 
@@ -164,8 +164,8 @@ def evaluate(model, tokens, token_bytes, args, device, autocast):
     starts = [i * (len(tokens) - 1 - l) // max(1, n_rows - 1) for i in range(n_rows)]
     batches = [starts[i:i + micro] for i in range(0, n_rows, micro)]
     totals = torch.zeros(2, dtype=torch.float64)                # nats, bytes
-    # Several processes take turns. Because FSDP needs all of them in every call of the model, a
-    # process that has no batch in the last turn repeats the first batch, without counting it
+    # Several processes divide the batches among them. Because FSDP needs every process in each call
+    # of the model, a process without a last batch repeats the first batch, and does not count it
     for k in range(RANK, math.ceil(len(batches) / WORLD) * WORLD, WORLD):
         rows = tokens.rows(batches[k] if k < len(batches) else batches[0], l + 1)
         bags = rows.unsqueeze(2).to(device)                     # bags of one token (rows, l + 1, 1)
@@ -181,7 +181,7 @@ def evaluate(model, tokens, token_bytes, args, device, autocast):
 
 
 def describe(args, run, model, device, n_tokens, switch, epochs):
-    """Print what is about to run, on which data, and for how long."""
+    """Print the model, the device, the data, and the number of steps in each phase."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     reads = args.batch_size * args.seq_len * (switch * args.s + args.steps - switch)
     report(f"model   {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
@@ -190,7 +190,7 @@ def describe(args, run, model, device, n_tokens, switch, epochs):
            f"phases  {switch:,} steps on bags of {args.s}, then {args.steps - switch:,} on tokens\n"
            f"run     {args.out}, {f'from step {run.first_step:,} on' if run.first_step else 'new'}")
     if epochs > 1:
-        report(f"Data repeat {epochs:.1f} times. Add data, because TST gains from new text.")
+        report(f"The run reads its data {epochs:.1f} times. TST gains from new text, so add data.")
     report("\n   step  phase          train loss  validation loss           tokens")
 
 
@@ -224,14 +224,14 @@ def set_up_device(args):
 
 
 def compile_parts(model, args):
-    """Compile the blocks, which share one graph, and the embedding and the loss, which see s."""
+    """Compile blocks, which share one graph, and embedding and loss, whose shapes depend on s."""
     try:
         torch.compile(lambda x: (x * 2).sum())(torch.ones(8, device=model.head.weight.device))
         for block in model.blocks:
             block.compile(dynamic=False)
         model.embed = torch.compile(model.embed, dynamic=False)
         model.loss = torch.compile(model.loss, dynamic=False)
-    except Exception as error:          # a compiler, a header file or a driver can be missing
+    except Exception as error:          # the first line tests the compiler, which can be missing
         args.compile = False
         report(f"torch.compile does not work here, so the run is not compiled ({error!r:.200})")
 
@@ -259,7 +259,7 @@ def load_data(args, checkpoint):
         dist.barrier()
     loaded = data.load(args.data)
     if checkpoint:
-        name = "shards" if "shards" in checkpoint["data"] else "hash"   # older runs have no shards
+        name = "shards" if "shards" in checkpoint["data"] else "hash"   # for runs of old versions
         if checkpoint["data"][name] != loaded[2][name]:
             fail(f"--data {args.data} has other shards than the run in {args.out} was trained on. "
                  "Restore the shards, or choose another --out.")
@@ -293,7 +293,7 @@ class Run:
             dist.all_gather_object(steps, self.first_step)
             if len(set(steps)) > 1:
                 fail(f"--out {self.folder} has checkpoints of different steps on different "
-                     f"machines, {steps}. Put --out on a disk that all machines share.")
+                     f"machines: {steps} for each process. Put --out on a shared disk.")
         return checkpoint
 
     def open(self, meta):
@@ -309,25 +309,25 @@ class Run:
             self.log = self.resources.enter_context(open(path, "ab", buffering=0))
             try:
                 import fcntl
-                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)    # until the log is closed
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)    # held until the log closes
             except BlockingIOError:
                 fail(f"--out {self.folder} is in use by another process. Stop that process, or "
                      "choose another --out.")
             except (ImportError, OSError):      # Windows and some file systems have no such locks
                 pass
-            # Keep the steps up to the checkpoint. A power cut can leave other bytes behind them
+            # Keep the steps up to the checkpoint. After a power cut, other bytes can follow them
             lines = re.findall(rb'({"step": (\d+),.*}\n)', path.read_bytes())
             kept = [line for line, step in lines if int(step) <= self.first_step]
             self.log.truncate(sum(map(len, kept)))
             if len(kept) < self.first_step:
-                report(f"{path} has {len(kept):,} of the {self.first_step:,} earlier steps.")
+                report(f"Note: {path} has {len(kept):,} of the {self.first_step:,} earlier steps.")
             (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=1))
             (self.folder / "meta.json").write_text(json.dumps(meta, indent=1))
             for file in Path(self.args.data).glob("encoding.json"):     # the tokenizer, if any
                 (self.folder / file.name).write_bytes(file.read_bytes())
         self.start, self.bar = time.time(), self.resources.enter_context(tqdm(
             total=self.args.steps, initial=self.first_step, disable=None if RANK == 0 else True))
-        if threading.current_thread() is threading.main_thread():       # no other thread may do it
+        if threading.current_thread() is threading.main_thread():       # others cannot set handlers
             for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):     # Windows lacks the last two
                 number = getattr(signal, name, None)
                 if number and signal.getsignal(number) != signal.SIG_IGN:   # `nohup` ignores SIGHUP
@@ -342,7 +342,7 @@ class Run:
 
     def show(self, entry):
         """Advance the progress bar, and after a validation print a row of the table."""
-        if entry["val_loss"]:           # * marks a bag loss, which no next-token loss compares with
+        if entry["val_loss"]:           # * marks a bag loss, not comparable with a next-token loss
             row = "{step:7,}  {phase:13}  {loss:9.4f}{mark}  {val_loss:15.4f}  {tokens:15,}"
             report(row.format(mark="*" if entry["s"] > 1 else " ", **entry))
         self.bar.set_postfix_str(f"{entry['phase']} loss {entry['loss']:.3f}", refresh=False)
@@ -368,12 +368,12 @@ class Run:
 
 
 def load_checkpoint(path):
-    """The checkpoint in a run's folder, or in a file: a dict on the CPU. Runs no pickled code."""
+    """Load the checkpoint in a run's folder, or in a file, to the CPU, without pickled code."""
     file = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=os.name == "posix")
-    except Exception as error:          # the system, zip files, pickle and PyTorch have many kinds
-        fail(f"{file} is no whole checkpoint ({type(error).__name__}). Name the folder of a run.")
+    except Exception as error:          # PyTorch, pickle, zip files and the system raise many kinds
+        fail(f"{file} is not a complete checkpoint ({type(error).__name__}). Name a run's folder.")
 
 
 def parse(argv=None):
@@ -383,6 +383,7 @@ def parse(argv=None):
             if not low <= kind(text) <= high:
                 raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high:g}.")
             return kind(text)
+        number.__name__ = kind.__name__     # for argparse's own message: "invalid int value"
         return number
 
     count, natural = between(1, 1e12, int), between(0, 1e12, int)
@@ -396,7 +397,8 @@ def parse(argv=None):
     method, run, model, machine = (parser.add_argument_group(name).add_argument
                                    for name in ("method", "run", "model", "machine"))
     # These two flags are parsed first, because the defaults of the other flags depend on them
-    model("--model", choices=PRESETS, help="preset; small with CUDA and data/fineweb, else tiny")
+    model("--model", choices=PRESETS, help="preset, which sets the defaults of the other flags; "
+          "small if the device is CUDA and data/fineweb exists, otherwise tiny")
     machine("--device", default="cuda" if torch.cuda.is_available() else "cpu",
             help="cuda, cuda:1, mps or cpu")
     known = parser.parse_known_args(argv)[0]
@@ -411,13 +413,13 @@ def parse(argv=None):
     run("--batch-size", type=count, help="rows per step in all processes together")
     run("--lr", type=real, help="peak learning rate; not tuned in the presets from 270m on")
     run("--warmup-steps", type=natural, help="steps in which the learning rate grows linearly to "
-        f"--lr; None: {PRESETS[preset]['warmup_steps']}, but at most a tenth of --steps")
+        f"--lr; if not given: {PRESETS[preset]['warmup_steps']}, but at most a tenth of --steps")
     run("--decay-frac", type=fraction, help="fraction of the steps, at the end, in which the "
         "learning rate decays linearly to 0")
     run("--eval-every", type=count, default=500, help="steps between two evaluations")
     run("--save-every", type=count, default=500, help="steps between two checkpoints")
     run("--seed", type=natural, default=0, help="seed of the initial weights and the data order")
-    run("--out", help="folder of the run; None: runs/MODEL-sS-rR-seedSEED")
+    run("--out", help="folder of the run; if not given: runs/MODEL-sS-rR-seedSEED")
     run("--resume", action="store_true", help="continue the run in --out, or start it if it is new")
     model("--n-layer", type=count, help="number of blocks")
     model("--n-embd", type=count, help="width of the residual stream")
@@ -431,8 +433,8 @@ def parse(argv=None):
     model("--rope-theta", type=real, help="base of the RoPE frequencies")
     model("--init-std", type=real, help="standard deviation of the initial weights of the blocks")
     model("--seq-len", type=count, help="context length l, in bags or in single tokens")
-    machine("--micro-batch-size", type=count, help="most rows in one forward pass; lowered until "
-            "it divides the rows per process")
+    machine("--micro-batch-size", type=count, help="maximum number of rows in one forward pass; "
+            "lowered until it divides the rows per process")
     machine("--dtype", choices=("bfloat16", "float16", "float32"), default=dtype,
             help="dtype of the matrix products (autocast)")
     machine("--compile", action=on_off, default=cuda, help="use torch.compile")
@@ -443,23 +445,21 @@ def parse(argv=None):
 
 
 def check(args):
-    """args with the defaults that depend on other flags. SystemExit(2) if flags contradict."""
+    """Fill in the defaults that depend on other flags. SystemExit(2) if flags are contradictory."""
     if args.warmup_steps is None:
         args.warmup_steps = min(PRESETS[args.model]["warmup_steps"], args.steps // 10)
     args.r = args.r if args.s > 1 else 0.0
     args.out = args.out or f"runs/{args.model}-s{args.s}-r{args.r:g}-seed{args.seed}"
     if args.warmup_steps > args.steps:
-        fail(f"--warmup-steps {args.warmup_steps} is more than --steps {args.steps}, so that --lr "
-             "is never reached. Choose fewer warmup steps.")
+        fail(f"--warmup-steps {args.warmup_steps} is above --steps {args.steps}. Choose fewer.")
     if args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size} is no multiple of the {WORLD} processes. Change it.")
+        fail(f"--batch-size {args.batch_size}: choose a multiple of {WORLD}, the process count.")
     if args.n_head % args.n_kv_head or (args.head_dim or args.n_embd / args.n_head) % 2:
-        fail(f"--n-head {args.n_head} must be a multiple of --n-kv-head {args.n_kv_head}, and the "
-             "width of a head must be even. Change one of these flags.")
-    if args.n_expert and not 1 < args.n_active <= args.n_expert:    # 1 gives the router no gradient
+        fail(f"--n-head {args.n_head} must be a multiple of --n-kv-head {args.n_kv_head}, and "
+             f"the width of a head, {args.head_dim or args.n_embd / args.n_head:g}, must be even.")
+    if args.n_expert and not 1 < args.n_active <= args.n_expert:    # 1 leaves the router untrained
         fail(f"--n-active {args.n_active}: choose a number from 2 to --n-expert {args.n_expert}.")
-    n_rows = args.batch_size // WORLD
-    most = min(n_rows, args.micro_batch_size)
+    n_rows, most = args.batch_size // WORLD, min(args.batch_size // WORLD, args.micro_batch_size)
     args.micro_batch_size = max(n for n in range(1, most + 1) if n_rows % n == 0)
     return args
 
@@ -475,11 +475,11 @@ def main(argv=None):
     except OSError as error:
         fail(f"{error.filename or args.out}: {error.strerror or error}. Remove the cause, and run "
              "the same command with --resume.", every_process=True)
-    except (MemoryError, RuntimeError) as error:    # the messages of CUDA, Apple's MPS and the CPU
+    except (MemoryError, RuntimeError) as error:    # each device has its own message
         if not re.search("(?i)out of memory|allocate|enough memory", str(error)):
             raise
         fail(f"--micro-batch-size {args.micro_batch_size} needs more memory than there is. Halve "
-             "it. If it is 1, use --fsdp or a lower --seq-len.", every_process=True)
+             "--micro-batch-size. At 1, use --fsdp or a lower --seq-len.", every_process=True)
     finally:
         run.resources.close()
     if dist.is_initialized():           # not after an error, because other processes have ended
