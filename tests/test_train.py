@@ -22,12 +22,6 @@ import train_tst
 from tools import corpus as corpora
 
 
-def numbers(out):
-    """The log of a run without what a stop changes: the times and the validation losses."""
-    return [{name: value for name, value in entry.items()
-             if name not in ("seconds", "val_loss", "val_bpb")} for entry in log(out)]
-
-
 @contextlib.contextmanager
 def fails(capsys, *words):
     """The block must end with status 2, and with one line on standard error that has all words."""
@@ -110,7 +104,7 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_run(
     with open(out / "metrics.jsonl", "ab") as file:
         file.write(b"\0" * 99 + b'"step": 4}\n')                # what a power cut can leave
     train_tst.main([*flags, "--out", str(out), "--resume"])
-    assert numbers(out) == numbers(run) and log(out)[-1]["val_loss"] == log(run)[-1]["val_loss"]
+    assert losses(out) == losses(run) and log(out)[-1]["val_loss"] == log(run)[-1]["val_loss"]
     ours, theirs = (train_tst.load_checkpoint(folder)["model"] for folder in (out, run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -164,7 +158,7 @@ def test_a_branch_continues_from_the_switch_after_the_data_have_moved(
     for _ in range(2):                  # the second time as after a kill before the first save
         shutil.copy(run / "ckpt_switch.pt", tmp_path / "branch/ckpt.pt")
         train_tst.main([*flags, "--data", f"{moved}", "--out", f"{tmp_path}/branch", "--resume"])
-        assert numbers(tmp_path / "branch") == numbers(run)[6:]
+        assert losses(tmp_path / "branch") == losses(run)[6:]
         assert "has 0 of the 6 earlier steps" in capsys.readouterr().out
 
 
@@ -335,4 +329,4 @@ def test_without_a_compiler_the_run_is_not_compiled(run, flags, tmp_path, capsys
     monkeypatch.setattr(torch, "compile", broken)
     train_tst.main([*flags, "--out", str(tmp_path / "other"), "--compile"])
     assert "the run is not compiled (RuntimeError('no compiler'))" in capsys.readouterr().out
-    assert numbers(tmp_path / "other") == numbers(run)
+    assert losses(tmp_path / "other") == losses(run)
