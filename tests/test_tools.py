@@ -70,10 +70,10 @@ def test_the_built_in_corpus_keeps_its_hash(tmp_path, monkeypatch):
 def test_a_build_that_was_killed_leaves_nothing_after_the_next_start(tmp_path):
     folder, left, other = (tmp_path / name for name in (
         "python", "python.unfinished-1", "other.unfinished-1"))
-    other.mkdir()                       # from a build of another folder, and is kept
+    other.mkdir()                       # belongs to another folder, so that it must be kept
     with corpora.new_folder(folder) as new:
         assert new.parent.name.startswith("python.unfinished-")
-        shutil.copytree(new.parent, left)       # as if this build were killed now
+        shutil.copytree(new.parent, left)       # a build that is killed here leaves this
         with corpora.new_folder(folder):        # removes nothing while the first build is at work
             assert left.exists() and new.exists()
     with corpora.new_folder(folder):
@@ -177,7 +177,7 @@ def test_the_vocabulary_is_trained_on_a_sample_of_all_training_texts(tmp_path, m
         seen.extend(texts) or seen, *rest))
     found = shards_of(tmp_path / "out", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert sorted(found["all"]) == sorted(texts) and len(found["val"]) == len(found["test"]) == 3
-    assert set(seen) < set(found["train"])                    # and so on no held-out text
+    assert set(seen) < set(found["train"])                      # no held-out text is used
     assert 14_000 < sum(map(len, seen)) <= 15_000
     assert 15 < len(set(seen) & set(found["train"][:47])) < 32  # about half of the first half
 
@@ -323,13 +323,13 @@ def test_fineweb_downloads_what_is_missing_and_the_tokenizer_once(
 
 
 def test_fineweb_adds_the_tokenizer_to_shards_of_gpt2(run, corpus, tmp_path, monkeypatch, capsys):
-    path, words = tmp_path / "encoding.json", ["--shards", "0", "--out", str(tmp_path)]
+    words = ["--shards", "0", "--out", str(tmp_path)]
     corpora.write_shard(tmp_path / "train.bin", np.arange(9, dtype=np.uint16))
     get_encoding = Mock(side_effect=[ConnectionError("a\nb"), corpora.load_encoding(corpus)])
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     assert "same command" in message_of(capsys, fineweb.main, *words)
     fineweb.main(words)
-    assert path.exists()
+    assert (tmp_path / "encoding.json").exists()
     for folder in corpus, tmp_path / "missing":                 # another tokenizer; no folder
         assert "GPT-2" in message_of(capsys, fineweb.main, "--shards", "0", "--out", folder)
     (run / "encoding.json").unlink()
