@@ -1,5 +1,4 @@
 """What the documents say of the code: its lines, its files, its flags."""
-import ast
 import doctest
 import re
 import shutil
@@ -46,57 +45,53 @@ def test_links_lead_somewhere_and_flags_and_presets_are_there():
     assert all(f"`{name}`" in GUIDE for name in train_tst.PRESETS)
 
 
+def test_the_command_that_restarts_processes_turns_the_shared_store_off():
+    """torchrun reads the variable before our program starts, so that only the guide can set it."""
+    commands = [line for line in GUIDE.splitlines() if "--max-restarts=" in line]
+    assert commands and all("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun " in command
+                            for command in commands)
+
+
 # The exercises
 
 EXERCISES = ROOT.joinpath("docs/exercises.md").read_text()
-CORE = ("model.py", "train_tst.py", "data.py", "test_tst.py")
+CORE = {name: ROOT.joinpath(name).read_text() for name in (
+    "model.py", "train_tst.py", "data.py", "test_tst.py")}
 
 
-def blank(file, names):
-    """The text of a core file without the body of a function, or without lines that begin so."""
-    text = ROOT.joinpath(file).read_text()
+def blank(text, names):
+    """The text without the body of a function, or without the lines that assign to some names."""
     if names[0].isidentifier():
-        function = next(node for node in ast.walk(ast.parse(text)) if isinstance(
-            node, ast.FunctionDef) and node.name == names[0])
-        lines = text.splitlines(keepends=True)
-        first, last = function.body[0].end_lineno, function.end_lineno      # after the docstring
-        indent = " " * function.body[0].col_offset
-        return "".join([*lines[:first], f"{indent}raise NotImplementedError\n", *lines[last:]])
-    for name in names:
-        text, n = re.subn(rf"(?m)^ {{8,}}{re.escape(name)} .*\n", "", text, count=1)
-        assert n == 1, name             # the loop comes first in its file
-    return text
+        docstring = '""".*?"""\n'
+        return re.sub(rf"(?s)( *)(def {names[0]}\(.*?{docstring})",
+                      r"\1\2\1    raise NotImplementedError\n", text, count=1)
+    lines = "|".join(map(re.escape, names))
+    return re.sub(rf"(?m)^ {{8,}}(?:{lines}) .*\n", "", text, count=len(names))
 
 
-def change(diff):
-    """{file: text} of a core file in which the lines with - are replaced by those with +."""
-    old, new = ("".join(f"{line[5:]}\n" for line in diff.splitlines() if line.startswith(f"    {sign}"))
-                for sign in "-+")
-    file, = [file for file in CORE if old in ROOT.joinpath(file).read_text()]
-    return {file: ROOT.joinpath(file).read_text().replace(old, new)}
-
-
-def outcome(selection, changed, folder):
-    """Run the selected tests of test_tst.py on changed files -> (exit status, failed tests)."""
-    shutil.copytree(ROOT / "tools", folder / "tools")
-    for file in CORE:
-        folder.joinpath(file).write_text(changed.get(file, ROOT.joinpath(file).read_text()))
-    done = subprocess.run([sys.executable, "-m", "pytest", "-qrfE", "-p", "no:cacheprovider",
-                           "test_tst.py", "-k", selection], cwd=folder, capture_output=True, text=True)
-    return done.returncode, set(re.findall(r"(?m)^(?:FAILED|ERROR) .*::(\w+)", done.stdout))
-
-
-def test_the_checks_of_the_exercises_notice_blanks_and_mistakes(tmp_path):
-    jobs = []                           # (selection, changed files, the tests that must fail or None)
-    for what, file, check in re.findall(
+def exercises():
+    """Yield (the tests that must fail, a core file, its text with a blank or with a mistake)."""
+    for what, file, tests in re.findall(
             r"(?m)^\| (.*) \| (\w+\.py) \| \d+ \| `-k \"(.*)\"` \|$", EXERCISES):
-        jobs.append((check, {file: blank(file, re.findall("`(.*?)`", what))}, None))
+        yield tests, file, blank(CORE[file], re.findall("`(.*?)`", what))
     answers = dict(re.findall(r"(?m)^- (\w): `(\w+)`", EXERCISES))
-    for name, diff in re.findall(r"(?ms)^(\w)\. In .*?:\n\n(.*?)\n\n", EXERCISES):
-        jobs.append((answers[name], change(diff), {answers[name]}))
-    assert len(jobs) == 9
+    for letter, file, diff in re.findall(r"(?ms)^(\w)\. In (\S+),.*?:\n\n(.*?)\n\n", EXERCISES):
+        old, new = ("".join(re.findall(rf"(?m)^    [{sign}](.*\n)", f"{diff}\n")) for sign in "-+")
+        yield answers[letter], file, CORE[file].replace(old, new)
+
+
+def status(tests, file, text, folder):
+    """The status of the selected tests of test_tst.py after the change of a core file."""
+    shutil.copytree(ROOT / "tools", folder / "tools")
+    for name in CORE:
+        folder.joinpath(name).write_text(text if name == file else CORE[name])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_tst.py", "-k"]
+    return subprocess.run([*command, tests], cwd=folder, capture_output=True).returncode
+
+
+def test_the_tests_that_the_exercises_name_notice_blanks_and_mistakes(tmp_path):
+    tests, files, texts = zip(*exercises())
+    assert len(tests) == 9
     with ThreadPoolExecutor(2) as pool:
-        outcomes = pool.map(outcome, *zip(*[(selection, changed, tmp_path / str(k))
-                                            for k, (selection, changed, _) in enumerate(jobs)]))
-    for (selection, _, expected), (status, failed) in zip(jobs, outcomes):
-        assert status == 1 and failed and failed == (expected or failed), selection
+        found = list(pool.map(status, tests, files, texts, [tmp_path / str(k) for k in range(9)]))
+    assert found == 9 * [1]             # pytest's status is 1 if a test has failed
