@@ -77,13 +77,12 @@ def test_right_ports_pass_and_the_check_restores_their_tables(s):
         *(tokens.unflatten(1, (-1, s)) for tokens in cut(rows, s))), 128, s=s) == []
 
 
-def average_of_the_set(e, bags):
-    copies = (bags.unsqueeze(3) == bags.unsqueeze(2)).sum(3)            # (B, l, s)
-    return (e * F.normalize(1 / copies, p=1, dim=2).unsqueeze(3)).sum(2)
+def copies(bags):                       # how often each token is in its bag, (B, l, s)
+    return (bags.unsqueeze(3) == bags.unsqueeze(2)).sum(3)
 
 
-def members(z, y):                      # (B, V, l): 1 for the tokens of the target bag, else 0
-    return torch.zeros_like(z).scatter(-1, y, 1).mT
+def in_set(bags):                       # weights (B, l, s), equal for the different tokens of a bag
+    return F.normalize(1 / copies(bags), p=1, dim=2)
 
 
 # {mistake: (the checks that find the mistake, the changed step)}
@@ -101,7 +100,7 @@ AVERAGE = {
     "sum": ("copies", lambda e, bags: e.sum(2)),
     "sum / root of s": ("copies", lambda e, bags: e.sum(2) / bags.size(2) ** 0.5),
     "max-pool": ("mean", lambda e, bags: e.amax(2)),
-    "input as a set": ("mean", average_of_the_set),
+    "input as a set": ("mean", lambda e, bags: (e * in_set(bags).unsqueeze(3)).sum(2)),
     "first input token only": ("order mean", lambda e, bags: e[:, :, 0]),
     "dropout, at s = 1 too": ("repeat own " + ALL, lambda e, bags: F.dropout(e.mean(2)))}
 POSITIONS = {
@@ -115,12 +114,10 @@ LOSS = {
     "first target token only": ("order target", lambda p, z, y: -p[:, :, 0].mean()),
     "first target token only, loss / s": (
         "copies order chain target", lambda p, z, y: -p[:, :, 0].mean() / y.size(2)),
-    "target set, mean over the set": (
-        "target", lambda p, z, y: F.cross_entropy(z.mT, F.normalize(members(z, y), p=1, dim=1))),
-    "target set, divided by s": (
-        "copies chain target", lambda p, z, y: F.cross_entropy(z.mT, members(z, y)) / y.size(2)),
+    "target set, mean over the set": ("target", lambda p, z, y: -(p * in_set(y)).sum(2).mean()),
+    "target set, divided by s": ("copies chain target", lambda p, z, y: -(p / copies(y)).mean()),
     "binary cross-entropy": ("copies chain target", lambda p, z, y: (
-        F.binary_cross_entropy_with_logits(z.mT, members(z, y)))),
+        F.binary_cross_entropy_with_logits(z, torch.zeros_like(z).scatter(2, y, 1)))),
     "-log of the mean probability": ("target", lambda p, z, y: -p.exp().mean(2).log().mean()),
     "-log of the summed probability": (
         "copies chain target", lambda p, z, y: -p.exp().sum(2).log().mean()),

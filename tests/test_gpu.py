@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, VOCAB, losses, run_script
+from conftest import ROOT, losses, run_script
 from pretend import PretendedGPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -113,7 +113,7 @@ def test_activations_have_the_dtype_of_autocast_and_attention_is_fused(
     for name in ("uniform_", "normal_"):            # initialising weights needs CUDA's driver
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, *args, **kwargs: tensor)
     with FakeTensorMode(), torch.device("cuda:0"):
-        model = GPT(Config(2, 32, 4, 2, 48, vocab_size=VOCAB)).requires_grad_(False)
+        model = GPT(Config(2, 32, 4, 2, 48, qk_norm=True)).requires_grad_(False)
         bags, rope = torch.zeros(2, 16, 3, dtype=torch.int64), torch.zeros(16, 8)
         if dtype != torch.float32:                  # torch.autocast would look for a GPU
             torch.set_autocast_dtype("cuda", dtype)
