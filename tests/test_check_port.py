@@ -16,7 +16,10 @@ V, D = 98, 32
 
 
 class GPT(nn.Module):
-    """PyTorch's initial weights are so large here that mistakes show as in a trained model."""
+    """A small GPT with learned positions.
+
+    It needs no training, because PyTorch's initial embeddings are so large that no mistake hides.
+    """
 
     def __init__(self, tied=False, norm=False):
         super().__init__()
@@ -26,7 +29,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(D, V, bias=False)
         self.head.weight = self.embedding.weight if tied else self.head.weight
 
-    def forward(self, x, positions, mask):      # (B, l, d), (l, any number), (l, l) -> (B, l, V)
+    def forward(self, x, positions, mask):      # (B, l, d), (l, k), (l, l) -> (B, l, V)
         return self.head(self.block(self.norm(x) + self.positions(positions).mean(1), mask))
 
 
@@ -42,7 +45,7 @@ def cut(rows, s):                       # (B, (l + 1) s) -> inputs and targets, 
 RIGHT = {
     "cut": cut,
     "average": lambda e, bags: e.mean(2),                       # (B, l, s, d) -> (B, l, d)
-    "positions": lambda l, s: torch.arange(l).view(l, 1),
+    "positions": lambda l, s: torch.arange(l).view(l, 1),       # averaged over the second axis
     "mask": nn.Transformer.generate_square_subsequent_mask,     # hides later positions
     "loss": lambda p, z, y: -p.mean()}  # targets y (B, l, s), their log-probabilities p, logits z
 
@@ -143,7 +146,7 @@ def test_sums_and_logits_in_bfloat16_fail_but_torch_mean_of_bfloat16_embeddings_
     mean = port(model, average=lambda e, bags: e.bfloat16().mean(2).float())
     total = port(model, average=lambda e, bags: (sum(e.bfloat16().unbind(2)) / 4).float())
     logits = port(model, True, loss=lambda p, z, y: (
-        -z.bfloat16().log_softmax(2).gather(2, y).float().mean()))
+        -z.bfloat16().log_softmax(2).gather(2, y).mean().float()))
     assert failed(model, mean) == "" != failed(model, total) and "own" in failed(model, logits)
 
 
@@ -193,8 +196,8 @@ def test_the_spy_finds_what_a_trainer_does_wrong(checks, trainer):
         optimizer.param_groups[0]["lr"] = min(1, (time + 1) / 5) - time / 40    # warmup and decay
         s = 4 if step < trainer.get("switch", 10) else 1
         n, shift = trainer.get("n", {}).get(step, 8 * s), trainer.get("shift", s)
-        for training in (True, True, False):
-            n, shift = (n, shift) if training else (8, trainer.get("validation", 1))
+        passes = [(True, n, shift), (True, n, shift), (False, 8, trainer.get("validation", 1))]
+        for training, n, shift in passes:
             i = torch.randint(1900, (3, 1)) + torch.arange(n)           # (B, n)
             spy.record(step, stream[i], stream[i + shift], training, optimizer)
         weight.square().backward()
