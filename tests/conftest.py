@@ -23,14 +23,9 @@ def same_everywhere():
     """Each test has one thread and random seed 0, and handles the signals that a run handles."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")          # Windows lacks the last two
-    handlers = {number: signal.getsignal(number) for number in signal.Signals
-                if number.name in names}
-    for number in handlers:             # pytest inherits ignored signals from nohup or a shell
-        signal.signal(number, signal.default_int_handler)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):     # Windows lacks the last two
+        if hasattr(signal, name):       # pytest inherits ignored signals from nohup or a shell
+            signal.signal(getattr(signal, name), signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +64,7 @@ def losses(out):
 
 def run_script(*words, processes=1):
     """Run a script with its arguments, which must succeed, and return what the script printed."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes} --".split()
     done = subprocess.run(
         [sys.executable, *(torchrun if processes > 1 else []), *map(str, words)],
         capture_output=True, text=True, cwd=ROOT, timeout=200)

@@ -95,7 +95,7 @@ class PretendedGPU(TorchFunctionMode):
         return run
 
     def record(self, graph, inputs):
-        """Record a graph, and run it without changes. A graph of no PARTS only tries compilation."""
+        """Record a graph and run it unchanged. A graph without PARTS only tries the compiler."""
         part = [PARTS[word] for word in PARTS if word in graph.code]
         if part:
             self.graphs.append([part[0], torch.is_grad_enabled()])

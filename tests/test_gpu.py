@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, VOCAB, losses, run_script
+from conftest import ROOT, losses, run_script
 from pretend import PretendedGPU
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 import train_tst
 from model import GPT, Config, MoE
@@ -105,42 +104,28 @@ def test_experts_use_the_grouped_product_except_on_blackwell_where_its_gradient_
 
 # Fake tensors on "cuda:0"
 
-class AttentionCalls(TorchFunctionMode):
-    """Collects (dtype, heads of q, heads of k, enable_gqa) of all calls of attention in `found`."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = set()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            q, k, v = args
-            assert q.dtype == k.dtype == v.dtype
-            self.found.add((q.dtype, q.size(1), k.size(1), kwargs["enable_gqa"]))
-        if function is torch.Tensor.__getitem__:    # needs CUDA's driver, but these two do not
-            rope, i = args                          # rope[0] or rope[1], or rope[:, :l]
-            return rope.select(0, i) if isinstance(i, int) else rope.narrow(1, 0, i[1].stop)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("dtype, kv_heads", [
     (torch.float32, 4), (torch.float16, 4), (torch.bfloat16, 2)])   # only bfloat16 has fused GQA
 def test_activations_have_the_dtype_of_autocast_and_attention_is_fused(
         dtype, kv_heads, monkeypatch):
+    attention = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     for name in ("uniform_", "normal_"):            # initialising weights needs CUDA's driver
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, *args, **kwargs: tensor)
-    dtypes = set()
-    with FakeTensorMode(), AttentionCalls() as attention:
-        with torch.device("cuda:0"):
-            model = GPT(Config(2, 32, 4, 2, 48, vocab_size=VOCAB, seq_len=16)).requires_grad_(False)
-            bags = torch.zeros(2, 16, 3, dtype=torch.int64)
-        for module in (*model.blocks, model.norm):  # their inputs are the residual stream
-            module.register_forward_pre_hook(lambda module, inputs: dtypes.add(inputs[0].dtype))
+    with FakeTensorMode(), torch.device("cuda:0"):
+        model = GPT(Config(2, 32, 4, 2, 48, qk_norm=True)).requires_grad_(False)
+        bags, rope = torch.zeros(2, 16, 3, dtype=torch.int64), torch.zeros(16, 8)
         if dtype != torch.float32:                  # torch.autocast would look for a GPU
             torch.set_autocast_dtype("cuda", dtype)
             torch.set_autocast_enabled("cuda", True)
-        logits, loss = model(bags), model(bags, bags)
+        stream = [model.embed(bags)]
+        for block in model.blocks:
+            stream.append(block(stream[-1], (rope, rope)))
+        loss = model.loss(stream[-1], bags)
         torch.set_autocast_enabled("cuda", False)
-    assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
-    assert logits.is_cuda and loss.is_cuda and dtypes == {dtype}
-    assert attention.found == {(dtype, 4, kv_heads, kv_heads < 4)}
+    assert {x.dtype for x in stream} == {dtype} and loss.dtype == torch.float32 and loss.is_cuda
+    for call in attention.call_args_list:
+        q, k, v = call.args
+        assert q.dtype == k.dtype == v.dtype == dtype
+        assert (q.size(1), k.size(1), v.size(1)) == (4, kv_heads, kv_heads)
+        assert call.kwargs == {"is_causal": True, "enable_gqa": kv_heads < 4}

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, VOCAB, export_and_load, log, run_script
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_tst
 from model import GPT, Config, MoE, multi_hot_cross_entropy
@@ -23,7 +22,7 @@ def moe_flags(flags):
 
 
 def random_experts(dtype, **shape):
-    """A layer of experts, with weights so large that rounding does not change the chosen experts."""
+    """A layer of experts. Its weights are so large that rounding does not change the choices."""
     experts = MoE(replace(SMALL, **shape)).to(dtype)
     for p in experts.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -65,7 +64,7 @@ def test_the_output_of_a_layer_is_the_weighted_sum_of_the_chosen_experts(
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTorch before 2.10")
-def test_the_grouped_product_equals_the_loop_over_the_experts_and_does_not_wait_for_counts():
+def test_the_grouped_product_equals_the_loop_over_the_experts():
     experts = random_experts(torch.float32, n_expert=40)        # 14 tokens leave experts unused
     x = torch.randn(2, 7, 32, requires_grad=True)
 
@@ -78,9 +77,7 @@ def test_the_grouped_product_equals_the_loop_over_the_experts_and_does_not_wait_
         return [y, loss, *torch.autograd.grad(loss, [x, *experts.parameters()])]
 
     for ours, expected in zip(output_and_gradients(True), output_and_gradients(False)):
-        torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
-        MoE(SMALL)(torch.randn(2, 7, 32)).sum().backward()      # fake tensors have no counts to read
+        assert (ours - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,7 +92,8 @@ def test_blocks_are_compiled_once_for_every_s_and_all_counts(dtype):
         graphs.add(counter.frame_count)
     assert len(graphs) == 1             # no graph was added after the first step
     if dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
-        assert graphs == {1}            # in float32 the loop over the experts splits the graph
+        # The grouped product does not read the counts. The loop reads them, which splits the graph
+        assert graphs == {1}
 
 
 # Training and export

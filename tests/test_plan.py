@@ -1,4 +1,4 @@
-"""tools/plan.py: what a run will take."""
+"""tools/plan.py prints the size, the time and the memory of a run."""
 import json
 
 import pytest
@@ -10,7 +10,7 @@ from tools import plan
 @pytest.fixture
 def planned(monkeypatch, capsys):
     def run(flags):
-        monkeypatch.setattr(train_tst, "WORLD", 1)      # the plan sets it
+        monkeypatch.setattr(train_tst, "WORLD", 1)      # plan.main sets it
         plan.main(flags.split())
         return json.loads(capsys.readouterr().out)
     return run
@@ -29,7 +29,7 @@ def test_a_plan_counts_parameters_tokens_and_hours(planned, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_planned_memory_is_the_measured(planned):
-    assert planned("--model 270m")["memory_gb"] == pytest.approx(20.5 + 2.1, rel=0.15)     # H200
+def test_the_planned_memory_is_near_the_measured_memory(planned):
+    assert planned("--model 270m")["memory_gb"] == pytest.approx(22.6, rel=0.06)   # on an H200
     whole, eighth = (planned("--model 3b --devices 8" + more) for more in ("", " --fsdp"))
     assert whole["weights_gradients_adamw_gb"] == 8 * eighth["weights_gradients_adamw_gb"]
