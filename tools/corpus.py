@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -32,13 +33,13 @@ from data import fail
 
 END_OF_TEXT = "<|endoftext|>"
 SHARD_TOKENS = 100_000_000
-DOCUMENT_CHARS = 2 ** 16                # longer text is split, because tiktoken can overflow on it
+DOCUMENT_CHARS = 2 ** 16                # longer texts are split; they can overflow tiktoken's stack
 HELD_OUT = 33                           # one of 33 documents of your own text is for validation
 PYTHON_CORPUS = Path("data/python")     # the path of the built-in corpus
 PYTHON_PACKAGES = (
     "torch torchgen functorch numpy tiktoken tqdm sympy mpmath networkx jinja2 fsspec filelock "
     "regex requests urllib3 idna certifi charset_normalizer").split()
-VOCAB_SIZE = 1024                       # of the built-in corpus, with the end-of-text token
+VOCAB_SIZE = 1024                       # the default, with the end-of-text token
 BPE_SAMPLE = 8_000_000                  # number of characters on which a vocabulary is trained
 # Byte pairs are merged only within a match of this expression: a word with the character before
 # it, up to three digits, punctuation, or a line break with the indentation of the next line
@@ -47,7 +48,7 @@ PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+ *)
 # In your own text, a word can have combining marks, such as the vowels of Hindi or Thai
 OWN_PATTERN = PATTERN.replace(r"\p{L}\p{N}", r"\p{L}\p{M}\p{N}").replace(
     r"\p{L}+", r"[\p{L}\p{M}]+")
-PATTERNS = {                            # for tokenizer files, which hold only the byte pairs
+PATTERNS = {                            # for tokenizer files, which have no such expression
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
@@ -55,16 +56,15 @@ TEXT, JSON, FOLDER = "text", "JSON lines", "folder"     # all other kinds of pat
 UTF16 = ("skipped, because it is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW`, or "
          "in PowerShell with `Get-Content FILE | Set-Content -Encoding utf8 NEW`")
 BINARY = ("skipped, because it is not UTF-8 text; open a .gz with `gunzip`, a .zst with `unzstd`, "
-          "and a .parquet with `pip install pandas pyarrow && python -c \"import pandas; pandas."
-          "read_parquet('FILE').to_json('FILE.jsonl', orient='records', lines=True)\"`")
+          "and convert a .parquet to JSON lines with pandas.read_parquet")
 
 
 def build_corpus(folder, name, read, split, choose_encoding):
     """Make a folder of shards from the texts of read(), which yields (source, text).
 
-    Each text is used once. split(k, source) is the split of the k-th text. choose_encoding(texts)
-    makes a tiktoken.Encoding from the training texts. Because read() is called twice, the texts
-    need not fit into memory.
+    `name` begins the names of the shards. Each text is used once. split(k, source) is the split of
+    the k-th text. choose_encoding(texts) makes a tiktoken.Encoding from the training texts. Because
+    read() is called twice, the texts need not fit into memory.
     """
     def documents():
         for k, (source, text) in enumerate(distinct(read())):
@@ -87,21 +87,22 @@ def distinct(documents):
 def write_corpus(folder, name, documents, encoding):
     """Tokenize documents, an iterator of (text, split), into a new folder of shards.
 
-    An end-of-text token precedes each document. SystemExit(2) if a split has no text.
+    An end-of-text token precedes each document. SystemExit(2) without training or validation text.
     """
     dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32)
-    with new_folder(folder) as new, tempfile.TemporaryDirectory(dir=new.parent) as tokens:
+    with new_folder(folder) as new, tempfile.TemporaryDirectory(dir=new.parent) as token_files:
         documents = iter(tqdm(documents, "tokenizing", unit=" documents", disable=None))
         while batch := list(itertools.islice(documents, 128)):
             texts = [text for text, _ in batch]
             ids = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
             for split in {split for _, split in batch}:         # one file of tokens for each split
-                with open(Path(tokens, split), "ab") as file:
+                with open(Path(token_files, split), "ab") as file:
                     file.writelines(np.array([encoding.eot_token, *document], dtype)
-                                    for (_, its), document in zip(batch, ids) if its == split)
-        if not (Path(tokens, "train").exists() and Path(tokens, "val").exists()):
+                                    for (_, its_split), document in zip(batch, ids)
+                                    if its_split == split)
+        if not {"train", "val"} <= set(os.listdir(token_files)):
             fail(f"{folder} would have no training text or no validation text. Add distinct text.")
-        for path in Path(tokens).iterdir():
+        for path in Path(token_files).iterdir():
             for k, start in enumerate(range(0, path.stat().st_size, SHARD_TOKENS * dtype.itemsize)):
                 write_shard(new / f"{name}_{path.name}_{k:06d}.bin",
                             np.fromfile(path, dtype, SHARD_TOKENS, offset=start))
@@ -116,8 +117,8 @@ def write_corpus(folder, name, documents, encoding):
 def new_folder(folder):
     """Yield a temporary folder, which gets the name `folder` at the end, when it is complete.
 
-    Temporary folders that a killed process has left behind are removed. Each process holds a shared
-    lock on the parent folder, so that an exclusive lock is possible only if no other is at work.
+    Temporary folders of killed processes are removed. Each process has a shared lock on the parent
+    folder, so that an exclusive lock is possible only if no other process is at work.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{folder.name}.unfinished-"
@@ -128,8 +129,8 @@ def new_folder(folder):
             stack.callback(os.close, lock)
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for left in folder.parent.glob(prefix + "*"):
-                    shutil.rmtree(left)
+                for leftover in folder.parent.glob(prefix + "*"):
+                    shutil.rmtree(leftover)
             fcntl.flock(lock, fcntl.LOCK_SH)
         temporary = tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent)
         new = Path(stack.enter_context(temporary), "new")
@@ -155,7 +156,7 @@ def write_shard(path, tokens):
 
 
 def save_encoding(encoding, folder):
-    """Write a tiktoken.Encoding to encoding.json, so that the folder needs no network."""
+    """Write a tiktoken.Encoding to encoding.json, so that nothing has to be downloaded again."""
     ranks = encoding._mergeable_ranks.items()
     (folder / "encoding.json").write_text(json.dumps({
         "name": encoding.name, "pat_str": encoding._pat_str,
@@ -183,7 +184,7 @@ def make_encoding(name, pattern, pairs, special=None):
     pairs = [(base64.b64decode(token, validate=True) if isinstance(token, str) else token, int(i))
              for token, i in pairs]
     ranks = dict(pairs)
-    if len(ranks) < len(pairs) or len(set(ranks.values())) < len(pairs):
+    if len(set(ranks.values())) < len(pairs):
         raise ValueError("a token or a rank occurs twice")
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise ValueError("a byte has no rank")
@@ -194,13 +195,13 @@ def make_encoding(name, pattern, pairs, special=None):
 def train_bpe(texts, n, pattern=PATTERN):
     """Train a byte-pair vocabulary of at most n tokens -> {token: rank}.
 
-    Uses the first BPE_SAMPLE characters of the texts. Equal words are counted once, and a merge
-    only visits the words that contain its pair. A word is a string with one character per token,
-    so that a merge is a str.replace. Of equally frequent pairs the smaller one is merged.
+    The sample is the first BPE_SAMPLE characters. Equal words are stored once, with their number.
+    A word is a string with one character per token, so that a merge is a str.replace. Of equally
+    frequent pairs, the pair with the smaller ids is merged.
     """
     words_seen, size = Counter(), 0
     for text in texts:
-        text = text[:BPE_SAMPLE // 50]          # no text is more than a fiftieth of the sample
+        text = text[:BPE_SAMPLE // 50]          # at most a fiftieth of the sample
         words_seen.update(regex.findall(pattern, text))
         size += len(text)
         if size >= BPE_SAMPLE:
@@ -208,7 +209,7 @@ def train_bpe(texts, n, pattern=PATTERN):
     words = ["".join(map(chr, word.encode())) for word in words_seen]
     counts = list(words_seen.values())
     total = Counter()                           # {pair: how often it occurs}
-    holders = defaultdict(set)                  # {pair: the words that have contained it}
+    holders = defaultdict(set)                  # {pair: indices of words that contained it}
     changed = set()                             # the pairs whose new count is not in the heap yet
 
     def tally(i, sign):
@@ -237,7 +238,7 @@ def train_bpe(texts, n, pattern=PATTERN):
 
 
 def spread(texts):
-    """A random sample of BPE_SAMPLE characters from all texts: the texts with the smallest hash."""
+    """A random sample of at most BPE_SAMPLE characters: the texts with the smallest hashes."""
     kept, size = [], 0
     for text in texts:
         heapq.heappush(kept, (-int(sha256(text.encode()).hexdigest(), 16), text))
@@ -260,10 +261,10 @@ def first_line(error):
 
 
 def build_python_corpus(folder=PYTHON_CORPUS, vocab_size=VOCAB_SIZE):
-    """Build the built-in corpus, unless it exists, because runs need the corpus that they had."""
+    """Build the built-in corpus if it is missing. Its runs can resume only on the same corpus."""
     if is_new(folder):
         print(f"Building {folder} from the Python source code on this machine (once).", flush=True)
-        build_corpus(folder, "python", read_python, lambda k, name: split_of(name), lambda texts:
+        build_corpus(folder, "python", read_python, lambda k, file: split_of(file), lambda texts:
                      make_encoding("python", PATTERN, train_bpe(texts, vocab_size - 1).items()))
 
 
@@ -294,7 +295,7 @@ def split_of(name):
 
 
 def own_split(k, source):
-    """Of HELD_OUT documents the last is for validation, and the next one is for the test."""
+    """Each 33rd document (HELD_OUT) is for validation, and the document after it for the test."""
     if k % HELD_OUT == HELD_OUT - 1:
         return "val"
     return "test" if k % HELD_OUT == 0 and k > 0 else "train"
@@ -313,14 +314,14 @@ def find_files(paths, field, only):
             kinds[path] = kind_of(path, given, field, only)
     for kind in sorted(set(kinds.values()) - {FOLDER}, key=lambda kind: ("skipped" in kind, kind)):
         found = [str(path) for path in kinds if kinds[path] == kind]
-        print(f"{kind}: {len(found):,} files, {', '.join(found[:4])}", flush=True)
+        print(f"{kind}: {len(found):,} files, such as {', '.join(found[:3])}", flush=True)
     files = [(path, kind) for path, kind in kinds.items() if kind in (TEXT, JSON)]
     random.Random(0).shuffle(files)     # so that the held-out documents come from every folder
-    return files
+    return files or fail(f"There is no text in {' '.join(paths)}. Change the paths or --only.")
 
 
 def kind_of(path, given, field, only):
-    """JSON if the name or the first two lines of a file say so, TEXT, or why it is skipped."""
+    """TEXT, JSON (by the name or by the first two lines), FOLDER, or why the path is skipped."""
     if any(part.startswith(".") for part in path.relative_to(given).parts):
         return "skipped, because the name begins with a dot"
     if not os.access(path, os.R_OK):
@@ -328,14 +329,14 @@ def kind_of(path, given, field, only):
     if path.is_dir():
         return "skipped, because it is a link" if path != given and path.is_symlink() else FOLDER
     if not path.is_file() or path.stat().st_size == 0:
-        return "skipped, because it is empty"
+        return "skipped, because it is empty or no regular file"
     if path != given and not any(path.match(pattern) for pattern in only):
         return "skipped, because the name does not match --only"
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = [file.readline(2 ** 24), file.readline(2 ** 24)]
             rest = iter(lambda: file.read(2 ** 20), "")
-            if any("\0" in part for part in itertools.chain(lines, rest)):
+            if any("\0" in chunk for chunk in itertools.chain(lines, rest)):
                 return BINARY           # text has no zero bytes
     except UnicodeDecodeError as error:         # UTF-16 begins with the bytes ff fe or fe ff
         return UTF16 if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else BINARY
@@ -345,27 +346,27 @@ def kind_of(path, given, field, only):
         first = json.loads(lines[0])
     except ValueError:
         return TEXT
-    alike = isinstance(first, dict) and (field in first or lines[1].startswith("{"))
-    return JSON if alike else TEXT
+    is_json = isinstance(first, dict) and (field in first or lines[1].startswith("{"))
+    return JSON if is_json else TEXT
 
 
 def read_documents(files, field, size):
-    """Yield (path, text). Long texts are cut into size characters or less, at the end of a line."""
+    """Yield (path, text). Texts are split at `size` characters, or at an end of line before."""
     for path, kind in files:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for text in [file] if kind == TEXT else json_texts(path, file, field):
-                while part := text.read(size - size // 4) + text.readline(size // 4):
-                    if part.strip():
-                        yield path, part
+            for source in [file] if kind == TEXT else json_texts(path, file, field):
+                while document := source.read(size - size // 4) + source.readline(size // 4):
+                    if document.strip():
+                        yield path, document
 
 
 def json_texts(path, lines, field):
-    """Yield the text of each line's field as a file. SystemExit(2) on a line without text there."""
+    """Yield the text in the field of each line, as a file. SystemExit(2) if a line has no text."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 text = json.loads(line)[field]
-                yield io.StringIO(text.encode(errors="replace").decode())   # half an emoji: "?"
+                yield io.StringIO(text.encode(errors="replace").decode())   # also half an emoji
             except (ValueError, LookupError, TypeError, AttributeError):
                 fail(f"{path}:{number} is not a JSON object with text in the field {field!r}. "
                      "Correct the line, or choose another --field.")
@@ -381,8 +382,9 @@ def choose_encoding(args, texts):
         try:
             lines = [line.split() for line in Path(name).read_text().splitlines() if line.strip()]
             return make_encoding(Path(name).stem, PATTERNS[args.pattern], lines)
-        except ValueError as error:
-            fail(f"--tokenizer {name} is no complete BPE file ({error}). Download the file again.")
+        except (OSError, ValueError) as error:
+            fail(f"--tokenizer {name} is not a BPE file of tiktoken, or is truncated "
+                 f"({first_line(error)}). Name a BPE file, or download it again.")
     return download_encoding(name, "Use a name that tiktoken knows (such as gpt2), a BPE file with "
                              "--pattern, or --tokenizer train, which needs no network.")
 
@@ -391,10 +393,10 @@ def main(argv=None):
     """Tokenize as argv (default: the command line) says. SystemExit(2) on bad input."""
     parser = argparse.ArgumentParser(description="Make shards from text.", allow_abbrev=False)
     parser.error, flag = fail, parser.add_argument
-    flag("paths", nargs="+", help="files of text or of JSON lines, and folders with such files")
-    flag("--out", type=Path, required=True, help="the new folder")
-    flag("--tokenizer", default="gpt2", help="the name of a tokenizer that tiktoken knows, a BPE "
-         "file of tiktoken, or train to train one on the text (default: gpt2)")
+    flag("paths", nargs="+", help="files of text or of JSON lines, and folders; before the flags")
+    flag("--out", type=Path, required=True, help="the folder to create")
+    flag("--tokenizer", default="gpt2", help="a name that tiktoken knows, a BPE file, or train, "
+         "which trains a tokenizer on the text (default: gpt2)")
     flag("--pattern", choices=PATTERNS, help="the expression that splits text, for a BPE file")
     flag("--vocab-size", type=int, default=VOCAB_SIZE,
          help="the number of tokens for --tokenizer train (default: %(default)s)")
@@ -403,21 +405,21 @@ def main(argv=None):
     flag("--field", default="text", help="the field with the text in JSON lines (default: text)")
     args = parser.parse_args(argv)
     if not is_new(args.out):
-        fail(f"--out {args.out} holds other data. Choose a new folder, or delete this one.")
+        fail(f"--out {args.out} exists and is not empty. Choose a new folder, or delete it.")
     if args.vocab_size < 257:
         fail(f"--vocab-size {args.vocab_size} is too small. Choose 257 or more.")
     try:
         files = find_files(args.paths, args.field, args.only)
-        # A small text is cut into small documents, so that those of the validation split are few
-        # percent of it. The first 10,000 documents tell whether the text is small
+        # A small text is split into small documents, so that about 3% of it is for validation. The
+        # first 10,000 documents show whether the text is small
         documents = distinct(read_documents(files, args.field, DOCUMENT_CHARS))
         total = sum(len(text) for _, text in itertools.islice(documents, 10_000))
         size = max(1, min(DOCUMENT_CHARS, total // (2 * HELD_OUT)))
         build_corpus(args.out, "text", lambda: read_documents(files, args.field, size), own_split,
                      lambda texts: choose_encoding(args, texts))
     except OSError as error:
-        fail(f"{error.filename or args.out}: {error.strerror or error}. Remove the cause.")
-    print(f"{args.out} is ready: python train_tst.py --data {args.out}")
+        fail(f"{error.filename or args.out}: {error.strerror or error}. Check path and disk.")
+    print(f"{args.out} is ready: python train_tst.py --data {shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,7 @@ def hugging_face(model, end):
             num_experts=c.n_expert,     # version 4 does not read the num_local_experts of version 5
             num_experts_per_tok=c.n_active, norm_topk_prob=True, moe_intermediate_size=c.n_hidden,
             decoder_sparse_step=1, mlp_only_layers=[])      # all layers have experts
-        if c.n_embd % 8 or c.n_hidden % 8:
-            # The default product of version 5 needs multiples of 8. 5.4 and later read this field.
+        if c.n_embd % 8 or c.n_hidden % 8:      # the default experts of version 5 do not allow this
             config["experts_implementation"] = "eager"
     tensors = {"model.embed_tokens.weight": model.embedding.weight[:c.vocab_size],
                "model.norm.weight": model.norm.weight,
@@ -62,7 +61,7 @@ def hugging_face(model, end):
             layer |= {"self_attn.q_norm": block.q_norm.weight,
                       "self_attn.k_norm": block.k_norm.weight,
                       "mlp.gate": block.mlp.router.weight}
-            # Version 5 joins the experts of a layer when it loads them, but version 4 cannot
+            # Version 5 joins the experts of a layer itself. Version 4 cannot read joined experts
             swiglus = {f"mlp.experts.{e}": weights
                        for e, weights in enumerate(zip(block.mlp.gate_up, block.mlp.down))}
         else:
@@ -75,9 +74,9 @@ def hugging_face(model, end):
 
 
 def convert_tokenizer(encoding):
-    """A tokenizers.Tokenizer with the ids of a tiktoken.Encoding, or None if they differ.
+    """A tokenizers.Tokenizer with the ids of a tiktoken.Encoding, or None if the ids differ.
 
-    They can differ because tokenizers and tiktoken use different regular expression libraries.
+    They can differ because the two packages use different libraries for regular expressions.
     """
     from transformers.convert_slow_tokenizer import TikTokenConverter
     special = encoding._special_tokens
@@ -128,9 +127,9 @@ def main(argv=None):
     except Exception as error:          # if the disk is full, safetensors raises no OSError
         fail(f"{args.folder} cannot be written ({first_line(error)}). Name another folder.")
     if not tokenizer:
-        reason = "tokenizers does not give the same ids" if encoding else "the run has none"
+        reason = "transformers would give other ids" if encoding else "the run has none"
         print(f"The export has no tokenizer, because {reason}.", file=sys.stderr)
-    print(f"{args.folder} is ready: lm_eval --model hf --model_args pretrained={args.folder}")
+    print(f"{args.folder} is ready. Load it with AutoModelForCausalLM.from_pretrained.")
 
 
 if __name__ == "__main__":

@@ -12,20 +12,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from tools.sample import load_model
-from train_tst import load_checkpoint
+from train_tst import load_checkpoint, load_data
 
 BAGS, TOP = 20_000, 12                  # bags that are predicted, tokens in a prediction
 SYMBOLS = "1 ( == True None self import return".split()
 
 
 def spaced_rows(stream, n_rows, n):
-    """Up to n_rows evenly spaced rows of n tokens: (rows, n) int64."""
-    n_rows = max(1, min(n_rows, len(stream) // n))
-    return stream.rows([(len(stream) - n) * i // max(1, n_rows - 1) for i in range(n_rows)], n)
+    """About n_rows evenly spaced rows of n tokens, or fewer: (rows, n) int64."""
+    return stream.rows(range(0, len(stream) - n + 1, max(n, len(stream) // n_rows)), n)
 
 
 def compare(model, rows, s, f):
-    """Print the loss of predictions of the next bag, and how many of its tokens are in the TOP."""
+    """Print the loss of the next bag, and how many of its tokens are among the TOP likeliest."""
     rows, loss, hits = rows.view(len(rows), -1, s), 0.0, 0.0                    # (rows, l + 1, s)
     for bags in rows:                                       # one row at a time, to save memory
         log_p = model(bags[None, :-1])[0, :, :len(f)].log_softmax(-1)           # (l, V)
@@ -33,29 +32,29 @@ def compare(model, rows, s, f):
         top = log_p.topk(TOP).indices.unsqueeze(1)                              # (l, 1, TOP)
         hits += (bags[1:].unsqueeze(2) == top).any(2).float().mean() / len(rows)
     targets = rows[:, 1:]
-    counts = (targets.unsqueeze(2) == targets.unsqueeze(3)).sum(3)      # of each token in its bag
+    counts = (targets.unsqueeze(2) == targets.unsqueeze(3)).sum(3)      # of the token in its bag
     f_hits = torch.isin(targets, f.topk(TOP).indices).float().mean()
-    for name, its_loss, its_hits in (
+    for name, nats, fraction in (
             ("a uniform guess", math.log(len(f)), TOP / len(f)),
             ("the token frequencies", -f.log()[targets].mean(), f_hits), ("the model", loss, hits),
-            ("the floor, a bag's entropy", -(counts / s).log().mean(), 1)):
-        print(f"  {name:27} loss {its_loss:.2f}   hits {its_hits:4.0%}")
+            ("the floor, a bag's entropy", (s / counts).log().mean(), 1 if s <= TOP else math.nan)):
+        print(f"  {name:27} loss {nats:.2f}   hits {fraction:4.0%}")
 
 
 def show_place(model, bags, f, show):
-    """Print the last bags that the model has read, what it expects next, and what comes next."""
+    """Print bags that the model reads, the tokens that it makes likelier, and the next bag."""
     p = model(bags[None, :-1])[0, -1, :len(f)].softmax(-1)                      # (V,)
-    expected = (p * (p / f).log()).topk(TOP).indices.tolist()
-    marked = (f"[{show(i)}]" if i in expected else show(i) for i in bags[-1].tolist())
+    likelier = (p * (p / f).log()).topk(TOP).indices.tolist()       # than by their frequencies f
+    marked = (f"[{show(i)}]" if i in likelier else show(i) for i in bags[-1].tolist())
     print(f"\n  read      ... {' '.join(map(show, bags[-4:-1].flatten().tolist()))}\n"
-          f"  expected  {' '.join(map(show, expected))}\n  next bag  {' '.join(marked)}\n")
+          f"  likelier  {' '.join(map(show, likelier))}\n  next bag  {' '.join(marked)}\n")
 
 
 def show_neighbours(model, f, show):
     """Print the nearest neighbours, by cosine, of some frequent words and symbols."""
-    common = f.argsort(descending=True)[:4000]              # rare tokens have learned little
+    common = f.argsort(descending=True)[:4000]              # other tokens are hardly trained
     vectors = torch.nn.functional.normalize(model.embedding.weight[common], dim=1)
-    names = [show(i) for i in common.tolist()]
+    names = [show(i) for i in common.tolist()]              # such as "' the'", with its quotes
     words = [name for name in names if name[1:2] == " " and name[2:-1].isalpha() and len(name) > 5]
     for name in words[:6] + [repr(symbol) for symbol in SYMBOLS if repr(symbol) in names]:
         nearest = (vectors @ vectors[names.index(name)]).topk(6).indices[1:].tolist()
@@ -68,24 +67,23 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error, flag = data.fail, parser.add_argument
     flag("run", type=Path, help="the folder of a run, or a checkpoint in it")
-    flag("--seed", type=int, default=0, help="the seed that chooses the two places (default: 0)")
-    args = parser.parse_args(argv)
-    files = [file for name in ("ckpt_switch.pt", "ckpt.pt") if (file := args.run / name).exists()]
-    for file in files or [args.run]:
-        flags, (model, encoding) = load_checkpoint(file)["args"], load_model(file)
-        train, val, _, _ = data.load(flags["data"])
-        s, l = flags["s"], min(flags["seq_len"], len(val) // flags["s"] - 1)
-        # Token frequencies, with 1 added to each count, so that every token has a logarithm
-        f = spaced_rows(train, 10_000, 1000).flatten().bincount(minlength=train.vocab_size) + 1
-        f = f / f.sum()
+    flag("--seed", type=int, default=0, help="seed of the two random places (default: 0)")
+    given = parser.parse_args(argv)
+    files = [file for name in ("ckpt_switch.pt", "ckpt.pt") if (file := given.run / name).exists()]
+    for file in files or [given.run]:
+        checkpoint, (model, encoding) = load_checkpoint(file), load_model(file)
+        args = argparse.Namespace(**checkpoint["args"])
+        train, val, _, _ = load_data(args, checkpoint)      # SystemExit(2) if the shards differ
+        s, l = args.s, min(args.seq_len, len(val) // args.s - 1)
+        counts = spaced_rows(train, 10_000, 1000).flatten().bincount(minlength=train.vocab_size)
+        f = (counts + 1) / (counts + 1).sum()               # each frequency has a logarithm
         print(f"\n{file}: predictions of the next bag of {s}")
         compare(model, spaced_rows(val, BAGS // l, (l + 1) * s), s, f)
-        if encoding:
-            show = lambda i: repr(encoding.decode([i]))
-            torch.manual_seed(args.seed)
-            for start in torch.randint(len(val) - (l + 1) * s + 1, (2,)).tolist():
-                show_place(model, val.rows([start], (l + 1) * s).view(-1, s), f, show)
-            show_neighbours(model, f, show)
+        show = (lambda i: repr(encoding.decode([i]))) if encoding else str
+        torch.manual_seed(given.seed)
+        for start in torch.randint(len(val) - (l + 1) * s + 1, (2,)).tolist():
+            show_place(model, val.rows([start], (l + 1) * s).view(-1, s), f, show)
+        show_neighbours(model, f, show)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def read_log(run):
         lines = path.read_text().split("\n")[:-1]       # a run may be writing the last line
         entries = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
-        fail(f"{path} is not the log of a run ({error}). Name the folder of a run.")
+        fail(f"{path} is not the log of a run ({type(error).__name__}). Name the folder of a run.")
     return entries or fail(f"{path} has no step yet. Wait for the first step.")
 
 
@@ -37,6 +37,7 @@ def main(argv=None):
          help="the horizontal axis (default: steps)")
     flag("--out", default="loss.png", help="the file of the picture (default: loss.png)")
     args = parser.parse_args(argv)
+    args.out = args.out if Path(args.out).suffix else f"{args.out}.png"
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -53,19 +54,20 @@ def main(argv=None):
                 axes.plot([group[-1][x] for group in groups],
                           [np.mean([entry["loss"] for entry in group]) for group in groups],
                           color=color, alpha=alpha, linewidth=1)
-            if entries and phase == "superposition":
+            if entries and phase != log[-1]["phase"]:
                 axes.axvline(entries[-1][x], color=color, linestyle=":", linewidth=1.2)
         validated = [entry for entry in log if entry["val_loss"] is not None]
         axes.plot([entry[x] for entry in validated], [entry["val_loss"] for entry in validated],
                   color=color, marker="o", markersize=4, label=Path(run).resolve().name)
     axes.set(xlabel=args.x, ylabel="loss (nats per token)")
     axes.grid(alpha=0.25)
-    axes.legend(title="validation loss (thin: training loss, pale: on bags, dotted: the switch)")
+    axes.legend(title="dots: validation loss, thin lines: training loss\n"
+                      "pale: bag loss, dotted: the switch")
     try:
         figure.savefig(args.out, dpi=150)
     except (OSError, ValueError) as error:
         fail(f"--out {args.out} cannot be written ({error}). Choose another file.")
-    print(f"{args.out} shows {len(args.runs)} runs")
+    print(f"{args.out} is drawn.")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def generate(model, ids, n, known=None, temperature=0.8, top_k=50, generator=Non
 
     Only ids in the list known are sampled, because a vocabulary can have ids without a token; None
     means all ids. Temperature 0 is greedy. The model computes the whole context for each token,
-    because a key-value cache would complicate it.
+    because a key-value cache would complicate this function.
     """
     device = model.embedding.weight.device
     known = torch.tensor(known or range(model.config.vocab_size), device=device)
@@ -52,7 +52,7 @@ def main(argv=None):
     parser.error, flag = fail, parser.add_argument
     flag("run", help="the folder of a run, or a checkpoint in it")
     flag("--prompt", default="", help="the text to continue")
-    flag("--tokens", type=int, default=200, help="the most tokens to add (default: 200)")
+    flag("--tokens", type=int, default=200, help="maximum number of tokens to add (default: 200)")
     flag("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     flag("--top-k", type=int, default=50, help="sample from the k likeliest tokens (default: 50)")
     flag("--seed", type=int, default=0, help="the seed of the random choices (default: 0)")
@@ -61,17 +61,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for name, least in dict(tokens=0, temperature=0, top_k=1, seed=0).items():
         if not getattr(args, name) >= least:            # also true for nan
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is below {least}. Increase it.")
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: choose {least} or more.")
     model, encoding = load_model(args.run, find_device(args.device))
     if encoding is None:
         folder = args.run if Path(args.run).is_dir() else Path(args.run).parent
         fail(f"{folder} has no encoding.json, which is the tokenizer. If the tokenizer is GPT-2's, "
              f"run python tools/fineweb.py --shards 0 --out {folder}")
     known = [*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()]
-    start = [encoding.eot_token, *encoding.encode_ordinary(args.prompt)]    # as documents begin
+    start = [encoding.eot_token, *encoding.encode_ordinary(args.prompt)]    # as in training
     generator = torch.Generator().manual_seed(args.seed)
     print(args.prompt, end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a token can be half a letter
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a token can end in a character
     for token in generate(model, start, args.tokens, known, args.temperature, args.top_k,
                           generator):
         if token == encoding.eot_token:
