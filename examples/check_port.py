@@ -1,10 +1,8 @@
 """Check a port of token superposition: its loss, and what its trainer does at the switch.
 
-    python examples/check_port.py               # checks our model and examples/hf_trainer.py
-
-Copy this file to check your own port. Use a small float32 model with about 100 token ids, in eval
-mode, after some 50 steps of training, because a new model hides mistakes. For example, in nanoGPT,
-where original is an unchanged model that has the same weights:
+`python examples/check_port.py` checks our model and examples/hf_trainer.py. To check your port, copy
+this file. Use a small float32 model of 100 token ids in eval mode, after 50 training steps, because
+an untrained model hides mistakes. For nanoGPT (`original` is unchanged):
 
     loss_of = lambda rows, s: model(rows[:, :-s], rows[:, s:].contiguous(), s)[1]
     own_loss = lambda rows: original(rows[:, :-1], rows[:, 1:].contiguous())[1]
@@ -18,8 +16,7 @@ import torch
 def check(failed, name, got, expected, mistakes, tolerance=5e-5, where=""):
     """Compare two numbers. If they differ, print them and append name to the list failed."""
     if not abs(got - expected) <= tolerance and name not in failed:     # NaN fails too
-        print(f"{name} FAILED{where}: {got:.8g}, expected {expected:.8g}. "
-              f"Likely mistakes: {mistakes}.")
+        print(f"{name} FAILED{where}: {got:.8g}, not {expected:.8g}. Likely mistakes: {mistakes}.")
         failed.append(name)
 
 
@@ -31,7 +28,7 @@ def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None
     V is the number of columns of the logits, and tables are the tensors (V, width) that are looked
     up by token id. own_loss(rows) is the trainer's own next-token loss of token ids (B, l + 1).
     padding is the token id that is not averaged into a bag, if the port has one.
-    labelled(rows, s, labels) is the loss with labels, shaped as rows: label i is token i or -100.
+    labelled(rows, s, labels) is the loss with labels (B, (k + 1) s). Label i is token i or -100.
     """
     failed = []
     rows = torch.randint(V - 2, (4, (l + 1) * s), generator=torch.Generator().manual_seed(0))
@@ -52,8 +49,8 @@ def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None
               "the logits are in bfloat16; the port changes s = 1 too; the targets are the inputs")
     check(failed, "copies", loss_of(singles.repeat_interleave(s, 1), s), loss_of(singles, 1),
           "a sum of embeddings; a loss divided by s; positions of tokens; wrong or missing targets")
-    reordered = rows.unflatten(1, (-1, s)).flip(2).flatten(1)
-    check(failed, "order", loss_of(reordered, s), loss_of(rows, s),
+    flipped = rows.unflatten(1, (-1, s)).flip(2).flatten(1)
+    check(failed, "order", loss_of(flipped, s), loss_of(rows, s),
           "one token of a bag is used; labels are shifted by 1 and not by s; sums in bfloat16")
     f = torch.tensor([last_bag([v] * s) for v in range(V)])     # (V,): -log p(v); all p(v) sum to 1
     check(failed, "chain", f.neg().exp().sum(), 1, "a position sees its target; the target is not "
@@ -61,7 +58,7 @@ def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None
     a, b = int(f.argmax()), int(f.argmin())
     check(failed, "target", last_bag([a] * (s - 1) + [b]), ((s - 1) * f[a] + f[b]) / s,
           "a token that is twice in its bag counts once; the log of a mean probability", 5e-4)
-    if labelled:                        # only two labels of the last bag are not ignored
+    if labelled:                        # all labels except the last two are ignored
         row = torch.cat((rows[:1, :-2], torch.tensor([[a, b]])), 1)
         labels = torch.cat((torch.full_like(row[:, :-2], -100), row[:, -2:]), 1)
         check(failed, "ignore", labelled(row, s, labels), (f[a] + f[b]) / 2,
@@ -76,13 +73,13 @@ def check_port(loss_of, V, own_loss=None, tables=(), padding=None, labelled=None
             table[unused] = ((s - 1) * table[a] + table[b]) / s
         check(failed, "mean", first_bag([a] * (s - 1) + [b]), first_bag([unused] * s),
               "a maximum or a set in place of the mean; a norm before the mean; a missing table")
-        for table, row in zip(tables, saved):
-            table[unused] = row
+        for table, saved_row in zip(tables, saved):
+            table[unused] = saved_row
     return failed
 
 
 class Spy(list):
-    """A record of a trainer's forward passes, some ten steps on each side of the switch."""
+    """A record of a trainer's forward passes, about ten steps on each side of the switch."""
 
     def record(self, step, inputs, targets, training, optimizer):
         """Call this in every forward pass, also in validation, with ids (B, l s) or (B, l, s)."""
@@ -91,25 +88,25 @@ class Spy(list):
         self.append((step, inputs, targets, training, count, optimizer.param_groups[0]["lr"]))
 
     def check(self, s, l, switch):
-        """Print and return as check_port does. Step switch is the first one on single tokens."""
+        """Print and return as check_port does. `switch` is the first step on single tokens."""
         failed, counts, rates = [], {}, {}
         for step, inputs, targets, training, count, rate in self:
             n, at = inputs.size(1), f" at step {step}"
-            bag = s if training and step < switch else 1
+            size = s if training and step < switch else 1
             shift = next((d for d in range(n) if inputs[:, d:].equal(targets[:, :n - d])), -1)
             if training:
                 counts[step], rates[step] = count, rate
-                check(failed, "row length", n, l * bag, "rows are not s times longer; a batch made "
-                      "with the other s; a wrong switch step; a phase that never runs", where=at)
-                check(failed, "target shift", shift, bag, "the loader shifts by 1 and not by s; "
+                check(failed, "row length", n, l * size, "rows not s times longer; a batch with "
+                      "the other s; a wrong switch step; a phase that never runs", where=at)
+                check(failed, "target shift", shift, size, "the loader shifts by 1 and not by s; "
                       "the targets are the inputs; a wrong switch step", where=at)
             else:
                 check(failed, "validation shift", shift, 1, "validation is in bags", where=at)
         if not {switch - 2, switch - 1, switch, switch + 1} <= rates.keys():
             raise ValueError(f"Record every training step from {switch - 2} to {switch + 1}.")
         for step in (switch, switch + 1):
-            at, line = f" at step {step}", 2 * rates[step - 1] - rates[step - 2]
-            check(failed, "learning rate", rates[step], line,
+            at, expected_rate = f" at step {step}", 2 * rates[step - 1] - rates[step - 2]
+            check(failed, "learning rate", rates[step], expected_rate,
                   "the schedule starts again", 0.02 * rates[step - 1], at)
             if counts[step - 1]:        # 0 if the optimizer does not count its steps
                 check(failed, "optimizer steps", counts[step], counts[step - 1] + 1,
@@ -118,19 +115,16 @@ class Spy(list):
 
 
 if __name__ == "__main__":
-    sys.path.append(sys.path[0] + "/..")                                # the folder of model.py
+    sys.path.append(sys.path[0] + "/..")        # the folder of model.py
     from model import GPT, Config
-    gpt = GPT(Config(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_hidden=64, vocab_size=128))
-    ports = {"model.py": (gpt, gpt.embedding, lambda bags: gpt(bags[:, :-1], bags[:, 1:]))}
-    try:
-        from hf_trainer import LlamaConfig, LlamaForCausalLM, superposed_loss
-        llama = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2))
-        embed = llama.get_input_embeddings()
-        ports["examples/hf_trainer.py"] = llama, embed, lambda b: superposed_loss(llama, embed, b)
-    except SystemExit:                  # after a line that says what is missing
-        print("examples/hf_trainer.py is skipped")
-    for name, (model, table, loss) in ports.items():
+    def check_model(name, model, embed, superposed_loss):
         for p in model.parameters():    # weights as large as after training
             torch.nn.init.normal_(p, std=0.5)
-        loss_of = lambda rows, s: loss(rows.unflatten(1, (-1, s)))
-        print(f"{name}: {check_port(loss_of, 128, tables=[table.weight]) or 'every check passed'}")
+        loss_of = lambda rows, s: superposed_loss(model, embed, rows.unflatten(1, (-1, s)))
+        print(f"{name}: {check_port(loss_of, 128, tables=[embed.weight]) or 'every check passed'}")
+
+    gpt = GPT(Config(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_hidden=64, vocab_size=128))
+    check_model("model.py", gpt, gpt.embedding, lambda _, __, bags: gpt(bags[:, :-1], bags[:, 1:]))
+    from hf_trainer import LlamaConfig, LlamaForCausalLM, superposed_loss     # needs transformers
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2))
+    check_model("examples/hf_trainer.py", llama, llama.get_input_embeddings(), superposed_loss)

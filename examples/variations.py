@@ -47,7 +47,8 @@ better than equal weights from s = 8 on. For smaller bags equal weights are bett
 """}),
     "shrinking": ("""
 Bags of s tokens, then of s / 2, then of s / 4, each for a third of the superposition phase. The
-paper leaves gradual transitions open. On Python none of six schedules was better than the best constant s.
+paper leaves gradual transitions open. On Python none of six schedules was better than the best
+constant s.
 """, {"train_tst.py": """
 -        s = args.s if step < switch else 1
 +        s = max(1, args.s >> 3 * step // switch) if step < switch else 1
@@ -99,8 +100,8 @@ def apply(name):
             old, new = ("".join(f"{line[1:]}\n" for line in pair.split("\n") if line[0] == sign)
                         for sign in "-+")
             if texts[file].count(old) != 1:
-                raise SystemExit(f"{file} does not have these lines of {name} exactly once. Restore "
-                                 f"them.\n{old}")
+                raise SystemExit(f"{file} does not have these lines of {name} exactly once. "
+                                 f"Restore them.\n{old}")
             texts[file] = texts[file].replace(old, new)
     return texts
 
@@ -108,7 +109,8 @@ def apply(name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=VARIATIONS)
+    parser.error = lambda message: parser.exit(2, f"variations.py: {message}\n")
+    parser.add_argument("name", choices=VARIATIONS, help="the variation")
     parser.add_argument("--show", action="store_true", help="print the lines, and do not train")
     args, flags = parser.parse_known_args()
     texts = apply(args.name)
@@ -120,7 +122,7 @@ def main():
         for file, text in texts.items():
             Path(folder, file).write_text(text)
         sys.argv = [str(Path(folder, "train_tst.py")), *flags]
-        sys.path[:0] = [folder, str(ROOT)]                      # tools/ are not copied
+        sys.path[:0] = [folder, str(ROOT)]                      # tools/ is not copied
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
