@@ -3,10 +3,10 @@
     python study/bench.py                   # tiny, not compiled
     python study/bench.py --compile         # compiled in parts, as in train_tst.py, and as a whole
 
-A step is one micro-batch and one update, on random tokens with Zipf's frequencies, which are read
-as in training. float16 has no gradient scaler here. The variants take turns. A ratio is the median
-over all rounds, with quartiles. On a CPU one thread is measured, in CPU time. These commands check
-one GPU in ten minutes:
+A step is one micro-batch and one update, on random tokens whose frequencies follow Zipf's law.
+float16 has no gradient scaler here. The variants take turns. A ratio is the median over all rounds,
+with quartiles. On a CPU one thread is measured, in CPU time. These commands check one GPU in ten
+minutes:
 
     python -m pytest -n 8
     for n in 16 32 64; do python study/bench.py --model 270m --rows $n --shards /tmp/zipf
@@ -53,7 +53,7 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high" if cuda else "highest")   # as in training
     print(f"{args.model}, {args.batch_size} rows of {args.seq_len}, {args.dtype}, {gpu}")
 
-    temporary = tempfile.TemporaryDirectory()       # for tokens; k has a frequency of about 1 / k
+    temporary = tempfile.TemporaryDirectory()       # for tokens. Token k is as frequent as 1 / k
     folder = Path(own.shards or temporary.name)
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = VOCAB_SIZE if args.data == "data/python" else data.GPT2["vocab_size"]
@@ -79,11 +79,11 @@ def main(argv=None):
         times[kind, s, step].append(clock() - start)
     base = next(iter(times.values()))                   # s = 1, in parts or not compiled
     for (kind, s, _), seconds in times.items():
-        low, ratio, high = np.quantile(np.divide(seconds, base), (0.25, 0.5, 0.75))
+        lower, ratio, upper = np.quantile(np.divide(seconds, base), (0.25, 0.5, 0.75))
         second = np.median(seconds)
         mfu = f", MFU {found['flops_per_step'] / second / peak[0]:.1%}" if peak else ""
-        print(f"{kind}, s = {s}: {second * 1000:.1f} ms, {ratio:.3f} [{low:.3f}, {high:.3f}] of "
-              f"the first, {args.batch_size * args.seq_len * s / second:,.0f} tokens/s{mfu}")
+        print(f"{kind}, s = {s}: {second * 1000:.1f} ms, {ratio:.3f} [{lower:.3f}, {upper:.3f}] of "
+              f"the first time, {args.batch_size * args.seq_len * s / second:,.0f} tokens/s{mfu}")
 
 
 def make_step(kind, args, device, tokens):
@@ -108,7 +108,7 @@ def make_step(kind, args, device, tokens):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_tst.GRAD_CLIP)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)          # most micro-batches add to gradients
+        optimizer.zero_grad(set_to_none=False)          # micro-batches add to gradients
         norm.item()                                     # waits for the GPU
 
     return step

@@ -3,7 +3,7 @@
     python study/copying.py --s 6 --r 0.2 --data data/c --steps 4800 --seed 18 --save-every 100
     python study/copying.py                 # draws the CSV file
 
-The first command trains, and appends the loss on text and on its repetition for each checkpoint.
+The first command trains. For each checkpoint it appends the losses on a text and its repetition.
 """
 import csv
 import sys
@@ -15,7 +15,7 @@ from run import ROOT, read_rows
 import data
 import train_tst
 
-FILE, ROWS, LENGTH = ROOT / "study" / "copying.csv", 256, 48        # two copies fill tiny's 96
+FILE, ROWS, LENGTH = ROOT / "study" / "copying.csv", 256, 48        # two copies have 96 tokens
 
 
 @torch.no_grad()
@@ -28,9 +28,9 @@ def measure(model, tokens):
     return loss[:, :LENGTH - 1].mean().item(), loss[:, LENGTH:].mean().item()
 
 
-def save_and_measure(run, model, *rest, save=train_tst.Run.save):
-    save(run, model, *rest)
-    losses, entry = measure(model, data.load(run.args.data)[1]), rest[3]
+def save_and_measure(run, model, optimizer, scaler, meta, entry, *rest, save=train_tst.Run.save):
+    save(run, model, optimizer, scaler, meta, entry, *rest)
+    losses = measure(model, data.load(run.args.data)[1])
     line = "{},{},{},{:.4f},{:.4f}\n".format(run.args.seed, run.args.s, entry["step"], *losses)
     with FILE.open("a") as file:
         file.write(line)
@@ -48,7 +48,7 @@ def draw():
             points = sorted((int(line["step"]), float(line["first"]) - float(line["second"]))
                             for line in lines if (line["seed"], line["s"]) == (seed, s))
             ax.plot(*zip(*points), label=name)
-        ax.set(title=f"seed {seed}: {losses[seed, '6'] - losses[seed, '1']:+.3f}", xlabel="step")
+        ax.set(title=f"seed {seed}, {losses[seed, '6'] - losses[seed, '1']:+.3f}", xlabel="step")
     axes[0].set_ylabel("gain by copying (nats per token)")
     axes[0].legend()
     pyplot.savefig(FILE.with_suffix(".png"), dpi=120)

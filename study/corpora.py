@@ -5,7 +5,7 @@
 The name of a folder is a kind and a vocabulary size. All corpora of a kind have the same documents
 and splits. c: half of the .c, .h and .rst files of a Linux kernel. prose: sentences, without markup
 and tables, from the kernel's documentation, manuals and dictionaries. english: prose and the RFCs.
-mixed: all .c and .h files of the kernel, and english.
+mixed: the .c and .h files of the kernel, except generated files, and english.
 
 `apt-get download` fetches each package into data/cache, in the version that is named below. The
 RFCs are in Debian's component non-free. To add it, run as root:
@@ -58,10 +58,10 @@ KINDS = {                       # {kind: a function that makes the documents, [(
 
 
 def make(folder):
-    """Build a folder of shards, unless it exists. SystemExit(2) if the name is not a kind."""
+    """Build a folder of shards, unless it exists. SystemExit(2) if the name is not KIND-SIZE."""
     kind, _, size = folder.name.rpartition("-")
     if kind not in KINDS or not size.isdigit() or int(size) < 257:
-        fail(f"{folder} is no corpus. Name one of {', '.join(KINDS)}, such as data/c-4096.")
+        fail(f"{folder} is not KIND-SIZE, such as data/c-4096. KIND is {', '.join(KINDS)}.")
     if not folder.exists():
         documents = KINDS[kind]()
         corpus.BPE_SAMPLE = 8_000_000
@@ -116,16 +116,16 @@ def shuffled(documents):
 
 
 def c_documents(every, suffixes):
-    """One of `every` files of the kernel, by a hash of the names, and 1/4 of the held-out files."""
+    """One of `every` files of the kernel, by a hash of its name, but 1/4 of these if held out."""
     def wanted(name):
-        number = int(sha256(f"half {name}".encode()).hexdigest(), 16)       # not as in split_of
+        number = int(sha256(f"half {name}".encode()).hexdigest(), 16)       # unlike in split_of
         return (name.endswith(suffixes) and not name.startswith(GENERATED) and number % every == 0
                 and (split_of(name) == "train" or number // 2 % 4 == 0))
     return shuffled(kernel_files(wanted))
 
 
 def prose_documents():
-    """The paragraphs that are sentences, each once, collected into documents of one file each."""
+    """The paragraphs that are sentences, each once. A document has paragraphs of one file only."""
     documents, seen = [], set()
     for name, text in prose_files():
         groups = [[]]
@@ -153,7 +153,7 @@ def prose_files():
             if not path.is_file() or path.is_symlink():
                 continue
             name = f"{package} {path.relative_to(folder).as_posix()}"
-            if path.suffix in (".html", ".pod"):        # some .html files were made from a .txt
+            if path.suffix in (".html", ".pod"):
                 text = path.read_bytes().decode(errors="ignore")
                 yield name, without_tags(text) if path.suffix == ".html" else plain(text)
             elif path.suffix == ".dz" or "/share/misc/" in name and path.suffix == ".gz":

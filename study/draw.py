@@ -22,9 +22,9 @@ PUBLISHED = [           # dense pairs, with the losses of the baseline and of TS
     for source, tokens, parameters, baseline, tst in (
         ("paper", 42e9, 270e6, 3.212, 3.142), ("paper", 42e9, 600e6, 3.019, 2.943),
         ("paper", 42e9, 3e9, 2.808, 2.676), ("paper", 209e9, 270e6, 3.092, 3.048),
-        ("other project", 655e6, 355e6, 3.450, 3.412))]         # TokenSuperPaper, one seed
-LABELS = {("Python", 6, 0.3): "the README's first run,\n--s 6 --r 0.3",         # by corpus, s and r
-          ("C (home)", 6, 0.2): "at home, in an afternoon"}
+        ("other project", 655e6, 355e6, 3.450, 3.412))]         # TokenSuperPaper, "345M"
+LABELS = {("Python", 6, 0.3): "the README's first run,\n--s 6 --r 0.3",    # {(corpus, s, r): label}
+          ("C (home)", 6, 0.2): "a win at home,\n--s 6 --r 0.2"}
 TICKS = {1e7: "10M", 1e8: "100M", 1e9: "1B", 1e10: "10B", 1e11: "100B"}
 
 
@@ -33,12 +33,12 @@ def size(parameters):
     return 5 + 2.5 * math.log10(parameters / 4e5)
 
 
-def beside(points):
+def spread_out(points):
     """Yield (x, setting, differences). Neighbours are spread over at most a tenth of a decade."""
-    def about(point):
+    def position(point):
         return round(4 * math.log2(point[0].tokens))
 
-    for _, group in groupby(sorted(points), about):
+    for _, group in groupby(sorted(points), position):
         group = sorted(group, key=lambda point: point[0][1:])
         for i, (setting, values) in enumerate(group):
             shift = 0.1 * (i / (len(group) - 1) - 0.5) if len(group) > 1 else 0
@@ -46,7 +46,7 @@ def beside(points):
 
 
 def draw(axes, points):
-    for x, setting, values in beside(points):
+    for x, setting, values in spread_out(points):
         mean, colour = statistics.mean(values), COLOURS.get(setting.corpus, OTHER)
         deviation = statistics.stdev(values) if len(values) > 1 else 0
         hollow = setting.corpus == "other project"
@@ -56,7 +56,7 @@ def draw(axes, points):
                       markeredgecolor=colour if hollow else "white")
         if setting.corpus in ("paper", "other project"):
             name = f"{setting.parameters / 1e6:.0f}M".replace("000M", "B")
-            aside, side = (-10, "right") if name == "270M" else (10, "left")    # not on 600M
+            aside, side = (-10, "right") if name == "270M" else (10, "left")    # 600M is near
             axes.annotate("TokenSuperPaper,\n345M, 1 seed" if hollow else name, (x, mean),
                           (aside, 0), textcoords="offset points", ha=side, va="center", fontsize=10)
         label = LABELS.get((setting.corpus, setting.s, setting.r))

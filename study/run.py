@@ -1,12 +1,12 @@
 """Make the runs of the study, several at a time, and append a row for each run to results.csv.
 
     python study/run.py                                 # lists the experiments, and what is done
-    python study/run.py first                           # makes one; the same command continues it
+    python study/run.py first                           # makes or continues its runs
     python study/run.py scale --workers 6 --minutes 8   # on a GPU, in parts of 8 minutes
 
-Each run is made once, in runs/study/, with one CPU thread. A .txt beside its folder has what it
-printed. In results.csv, `commit` is the code that trained the run, with a + if a core file was
-changed, and `epochs` is the number of tokens that the run read, divided by the training tokens.
+Each run is made once, in runs/study/, with one CPU thread. The .txt file beside its folder has the
+output. In results.csv, `commit` is the code that trained the run, with a + if a core file was
+changed, and `epochs` is the number of tokens that were read, divided by that of training tokens.
 """
 import argparse
 import csv
@@ -35,7 +35,7 @@ def runs(flags, seeds, methods=("--s 1", "--s 6 --r 0.2")):
             for seed in seeds for method in methods]
 
 
-# 16,384 positions per step. The shapes and the learning rates are those of two pairs of `english`
+# 16,384 positions per step. Shapes and learning rates are those of two pairs of results.csv
 LARGER = ("--model 270m --device cuda --data data/mixed-16384 --seq-len 512 --batch-size 32 "
           "--micro-batch-size 32 --steps 8000 --warmup-steps 200 --decay-frac 0.4 "
           "--eval-every 4000")
@@ -58,22 +58,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = data.fail
-    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS])
+    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS], metavar="NAME")
     parser.add_argument("--workers", type=int, default=2,
                         help="the number of runs at the same time (default: 2)")
     parser.add_argument("--minutes", type=float, default=float("inf"),
-                        help="the time after which the runs are saved and stopped")
+                        help="minutes until the runs are saved and stopped (default: inf)")
     args = parser.parse_args()
     if not args.experiments:
         for name, commands in EXPERIMENTS.items():
             recorded = sum(row["experiment"] == name for row in read_rows())
             here = sum(finished(folder(flags)) is not None for flags in commands)
-            print(f"{name}: {len(commands)} runs, {here} finished here, {recorded} rows")
+            print(f"{name}: {len(commands)} runs, {here} finished here, {recorded} in results.csv")
         return
 
     work = {flags: name for name in args.experiments for flags in EXPERIMENTS[name]}
     end = time.time() + 60 * args.minutes
-    with ThreadPoolExecutor(args.workers) as pool:
+    with ThreadPoolExecutor(max(1, args.workers)) as pool:
         waiting = {pool.submit(make, flags, end): flags for flags in work}
         try:
             for future in as_completed(waiting):
@@ -83,15 +83,15 @@ def main():
                     append(new)
                     print(f"{flags}: val_loss {new['val_loss']}, {new['seconds']} s", flush=True)
                 else:
-                    print(f"not finished, see {folder(flags)}.txt", flush=True)
+                    print(f"{folder(flags)}.txt says why this run is not finished.", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C no further run begins
 
 
 def make(flags, end):
     """Train a run until it is complete, or until the time `end` -> the result of `finished`."""
-    out, left = folder(flags), end - time.time()
-    if finished(out) or left < 0:
+    out, seconds_left = folder(flags), end - time.time()
+    if finished(out) or seconds_left < 0:
         return finished(out)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "commit.txt", "a") as file:         # a run can be continued by other code
@@ -101,7 +101,7 @@ def make(flags, end):
             [sys.executable, "train_tst.py", *flags.split(), "--out", str(out), "--resume"],
             stdout=output, stderr=output, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
-            process.wait(left)
+            process.wait(seconds_left)
         except subprocess.TimeoutExpired:
             process.terminate()                 # the trainer saves and stops
             process.wait()

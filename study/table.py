@@ -13,9 +13,9 @@ from collections import defaultdict, namedtuple
 from run import read_rows
 
 CORPORA = {"python": "Python", "c-": "C", "c": "C (home)", "prose-": "English",
-           "english-": "English", "mixed-": "C and English"}    # by the name of the folder
+           "english-": "English", "mixed-": "C and English"}    # {start of a folder's name: corpus}
 
-# What all pairs of a setting have in common, except the seed and the learning rate
+# What all pairs of a setting have in common. Seeds and learning rates can differ
 Setting = namedtuple("Setting", "tokens corpus vocab_size parameters s r")     # tokens: baseline's
 
 

@@ -59,4 +59,4 @@ def test_the_table_and_the_picture_are_made_from_results_csv(tmp_path, monkeypat
     draw.main()
     assert draw.PICTURE.stat().st_size > 10_000
     points = [(setting, [0]) for setting in table.settings(run.read_rows())] + draw.PUBLISHED
-    assert all(0.5 < x / setting.tokens < 2 for x, setting, _ in draw.beside(points))
+    assert all(0.5 < x / setting.tokens < 2 for x, setting, _ in draw.spread_out(points))
