@@ -53,6 +53,24 @@ def flags(corpus):
             f"--data {corpus}").split()
 
 
+@pytest.fixture
+def run(flags, tmp_path):
+    """The folder of a finished run with these flags."""
+    import train_tst
+    train_tst.main([*flags, "--out", str(tmp_path / "run")])
+    return tmp_path / "run"
+
+
+def message_of(capsys, main, *argv):
+    """The error of a script, which must be one line with status 2, and what it printed before."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(list(map(str, argv)))
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.err.count("\n") == 1, printed.err
+    return printed.err + printed.out
+
+
 def log(out):
     """The log of the run in the folder out: a list with an entry (a dict) for each step."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

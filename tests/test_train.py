@@ -1,5 +1,4 @@
 """What users of train_tst.py meet: the run's folder, resuming, several processes, bad input."""
-import contextlib
 import fcntl
 import functools
 import io
@@ -15,22 +14,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, log, losses, run_script
+from conftest import ROOT, log, losses, message_of, run_script
 
 import data
 import train_tst
 from tools import corpus as corpora
-
-
-@contextlib.contextmanager
-def fails(capsys, *words):
-    """The block must end with status 2, and with one line on standard error that has all words."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        yield
-    printed = capsys.readouterr().err
-    assert end.value.code == 2 and printed.count("\n") == 1, printed
-    assert all(word in printed for word in words), printed
 
 
 def signal_in_step(step, monkeypatch, *signals):
@@ -44,12 +32,6 @@ def signal_in_step(step, monkeypatch, *signals):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-
-
-@pytest.fixture
-def run(flags, tmp_path):
-    train_tst.main([*flags, "--out", str(tmp_path / "run")])
-    return tmp_path / "run"
 
 
 # The folder of a run
@@ -80,14 +62,11 @@ def test_the_start_the_table_and_the_next_commands_are_printed(flags, tmp_path, 
         assert f"python tools/{tool}.py '{tmp_path}/my run'" in printed
 
 
-def test_the_help_has_four_groups_and_the_values_of_the_preset(capsys):
+def test_the_help_shows_the_values_of_the_preset(capsys):
     with pytest.raises(SystemExit):
         train_tst.main(["--model", "10b-a1b", "--device", "cpu", "--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.endswith(":") and line[0] != " "] == [
-        "method:", "run:", "model:", "machine:"]
     assert any("--s " in line and line.endswith("(default: 16)") for line in lines)
-    assert max(map(len, lines)) <= 100
 
 
 # Stopping and resuming
@@ -138,15 +117,15 @@ def test_a_run_that_failed_leaves_no_lock_and_no_signal_handler(flags, tmp_path,
 def test_a_folder_is_refused_to_another_run_to_other_flags_and_to_a_second_process(
         run, flags, capsys):
     words = [*flags, "--out", str(run)]
-    with fails(capsys, "Add --resume", "another --out"):
-        train_tst.main(words)
-    with fails(capsys, "--lr is 0.5", "was 0.003"):
-        train_tst.main([*words, "--resume", "--lr", "0.5"])
+    assert "Add --resume" in message_of(capsys, train_tst.main, *words)
+    message = message_of(capsys, train_tst.main, *words, "--resume", "--lr", "0.5")
+    assert "--lr is 0.5, but was 0.003" in message
     shutil.copy(run / "ckpt_switch.pt", run / "ckpt.pt")
     before = (run / "metrics.jsonl").read_bytes()
-    with open(run / "metrics.jsonl") as file, fails(capsys, "is in use by another process"):
+    with open(run / "metrics.jsonl") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        train_tst.main([*words, "--resume"])
+        message = message_of(capsys, train_tst.main, *words, "--resume")
+        assert "is in use by another process" in message
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -177,19 +156,18 @@ def test_a_run_resumes_only_with_the_shards_that_it_began_with(
         first.unlink()
     else:                               # the names and the sizes stay, but the order changes
         first.rename(new), second.rename(first), new.rename(second)
-    with fails(capsys, "other shards than the run"):
-        train_tst.main([*words, "--resume"])
+    assert "other shards than the run" in message_of(capsys, train_tst.main, *words, "--resume")
 
 
 def test_a_run_from_before_shards_were_identified_still_resumes(run, flags, capsys):
+    words = [*flags, "--out", str(run), "--resume"]
     checkpoint = torch.load(run / "ckpt_switch.pt", weights_only=True)
     del checkpoint["data"]["shards"]
     torch.save(checkpoint, run / "ckpt.pt")
-    train_tst.main([*flags, "--out", str(run), "--resume"])
+    train_tst.main(words)
     checkpoint["data"]["hash"] = "other"
     torch.save(checkpoint, run / "ckpt.pt")
-    with fails(capsys, "other shards than the run"):
-        train_tst.main([*flags, "--out", str(run), "--resume"])
+    assert "other shards than the run" in message_of(capsys, train_tst.main, *words)
 
 
 # Several processes, and float16
@@ -241,17 +219,14 @@ def test_float16_skips_steps_that_overflow_and_resumes_with_its_scale(
 # Bad input
 
 @pytest.mark.parametrize("words, message", [
-    (["--s", "0"], "--s: 0"), (["--s", "8,4"], "--s"), (["--r", "1.5"], "--r: 1.5"),
-    (["--lr", "nan"], "--lr: nan"), (["--n-head", "3"], "--n-head 3"), (["--bogus"], "--bogus"),
-    (["--n-kv-head", "3"], "--n-kv-head"), (["--model", "huge"], "--model"),
+    (["--s", "0"], "--s: 0"), (["--lr", "nan"], "--lr: nan"), (["--n-head", "3"], "--n-head 3"),
     (["--device", "cuda"], "--device"), (["--data", "nowhere"], "--data nowhere"),
     (["--seq-len", "4000"], "too few"), (["--n-expert", "5", "--n-active", "1"], "--n-active 1"),
-    (["--warmup-steps", "13"], "--warmup-steps 13"),
-])
+    (["--warmup-steps", "13"], "--warmup-steps 13")])
 def test_a_bad_flag_gives_one_line(flags, tmp_path, capsys, words, message):
-    with fails(capsys, message):
-        train_tst.main([*flags, *words, "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
+    out = tmp_path / "run"
+    assert message in message_of(capsys, train_tst.main, *flags, *words, "--out", out)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name, change, message", [
@@ -260,22 +235,14 @@ def test_a_bad_flag_gives_one_line(flags, tmp_path, capsys, words, message):
     ("retrieval_train_1.bin", lambda old: old[:1024] + b"\xff" * 40_000, "one tokenizer"),
     ("retrieval_val_0.bin", lambda old: old[:8] + b"\1\0\0\0" + old[12:1026], "a *_val_*.bin"),
     ("retrieval_train_0 (1).bin", lambda old: old, "copy of retrieval_train_0 (1).bin"),
-    ("meta.json", lambda old: b"vocab_size: 300", "is damaged"),
     ("meta.json", lambda old: b'{"vocab_size": 300}', "is damaged"),
     ("encoding.json", lambda old: old[:200], "is damaged")])
 def test_damaged_data_are_named(flags, corpus, tmp_path, capsys, name, change, message):
     folder = shutil.copytree(corpus, tmp_path / "retrieval")
     original = folder / name.replace(" (1)", "")
     (folder / name).write_bytes(change(original.read_bytes()))
-    with fails(capsys, "retrieval", message):
-        train_tst.main([*flags, "--data", str(folder), "--out", str(tmp_path / "run")])
-
-
-def test_the_path_of_the_built_in_corpus_can_be_written_differently(flags, monkeypatch):
-    monkeypatch.setattr(corpora, "build_python_corpus", lambda: exit("made"))
-    for name in ("data/python", "data/python/", "./data/python"):
-        with pytest.raises(SystemExit, match="made"):
-            train_tst.main([*flags, "--data", name, "--out", "not used"])
+    words = [*flags, "--data", folder, "--out", tmp_path / "run"]
+    assert message in message_of(capsys, train_tst.main, *words)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(flags, tmp_path, capsys, monkeypatch):
@@ -288,8 +255,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(flags, tmp_path, capsys, monkeypa
         real(state, path)
 
     monkeypatch.setattr(torch, "save", save)
-    with fails(capsys, "ckpt.tmp cannot be written", "--resume"):
-        train_tst.main([*flags, "--out", str(tmp_path / "run")])
+    message = message_of(capsys, train_tst.main, *flags, "--out", tmp_path / "run")
+    assert "ckpt.tmp cannot be written" in message
     assert train_tst.load_checkpoint(tmp_path / "run")["step"] == 4
     assert not (tmp_path / "run/ckpt.tmp").exists()
 
@@ -297,8 +264,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(flags, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60), lambda: data.np.ones(1 << 55)])
 def test_a_lack_of_memory_on_a_cpu_gives_one_line(flags, tmp_path, capsys, monkeypatch, allocate):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: allocate())
-    with fails(capsys, "--micro-batch-size 8 needs more memory"):
-        train_tst.main([*flags, "--out", str(tmp_path / "run")])
+    message = message_of(capsys, train_tst.main, *flags, "--out", tmp_path / "run")
+    assert "--micro-batch-size 8 needs more memory" in message
 
 
 def test_names_that_a_terminal_cannot_print_are_escaped(flags, corpus, tmp_path, monkeypatch):
@@ -322,12 +289,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags, tmp_path, capsys):
     assert end.value.code == 1 and "with a --lr below 1e+11" in capsys.readouterr().err
 
 
-def test_without_a_compiler_the_run_is_not_compiled(run, flags, tmp_path, capsys, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    train_tst.main([*flags, "--out", str(tmp_path / "other"), "--compile"])
-    printed = capsys.readouterr().out
-    assert "is not compiled (RuntimeError('no compiler'))" in printed and ", eager\n" in printed
-    assert losses(tmp_path / "other") == losses(run)
+def test_without_a_compiler_the_run_is_not_compiled(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no compiler")))
+    train_tst.main([*flags, "--out", str(tmp_path / "run"), "--compile"])
+    assert "is not compiled (RuntimeError('no compiler'))" in capsys.readouterr().out
