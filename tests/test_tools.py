@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import VOCAB, export_and_load
+from conftest import VOCAB, export_and_load, message_of
 
 import data
 import train_tst
 from tools import corpus as corpora
-from tools import export, fineweb, peek, plot, sample
+from tools import fineweb, peek, plot, sample
 
 
 def prose(seed, characters):
@@ -37,16 +37,6 @@ def shards_of(out, *paths, vocab_size=400, more=()):
         tokens = [data.read_shard(path) for path in sorted(out.glob(f"text_{split}_*.bin"))]
         found[split] = encoding.decode(np.concatenate(tokens)).split("<|endoftext|>")[1:]
     return {**found, "all": sum(found.values(), [])}
-
-
-def message_of(capsys, main, *argv):
-    """The error of a tool, which must be one line with status 2, and what it printed before."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(list(map(str, argv)))
-    printed = capsys.readouterr()
-    assert end.value.code == 2 and printed.err.count("\n") == 1
-    return printed.err + printed.out
 
 
 # Shards from text
@@ -81,20 +71,15 @@ def test_a_build_that_was_killed_leaves_nothing_after_the_next_start(tmp_path):
     assert set(tmp_path.iterdir()) == {folder, other}
 
 
-def test_own_text_becomes_shards_with_the_same_text(tmp_path, capsys):
+def test_own_text_becomes_shards_with_the_same_text(tmp_path):
     texts = [prose(k, 600) + "Zürich\r\n" for k in range(40)]
-    files = {f"{k}.md": texts[k] for k in range(7, 25)}
-    files["many.jsonl"] = json_lines(texts[25:])
-    # JSON lines are recognised by one of these names, or by their first line
-    names = "a.ndjson", "a.JSONL", "a.jsonlines", "a.txt", "b.txt", "a.json", "a"
-    files |= {name: json_lines([text]) for name, text in zip(names, texts)}
-    texts.append('{"name": "a"}')
-    files["package.json"] = texts[-1]   # this is text, because it has no field "text"
-    (tmp_path / "text" / ".hidden").mkdir(parents=True)
+    files = {f"{k}.md": texts[k] for k in range(20)}
+    # JSON lines are recognised by their name or by their first line
+    files |= {"a.NDJSON": json_lines(texts[20:30]), "a": json_lines(texts[30:])}
+    (tmp_path / "text").mkdir()
     for k, (name, content) in enumerate(files.items()):         # half have a byte-order mark
         path, encoding = tmp_path / "text" / name, "utf-8-sig" if k % 2 else "utf-8"
         path.write_bytes(content.encode(encoding))
-    (tmp_path / "text" / ".hidden" / "b.txt").write_text(prose(50, 600))
     documents = shards_of(tmp_path / "out", tmp_path / "text")["all"]
     assert sorted("".join(documents)) == sorted("".join(texts))         # the same characters
     assert all(any(document in text for text in texts) for document in documents)
@@ -102,13 +87,10 @@ def test_own_text_becomes_shards_with_the_same_text(tmp_path, capsys):
     encoding = corpora.load_encoding(tmp_path / "out")
     assert meta["vocab_size"] == encoding.n_vocab == 400 and len(train) > 20 * len(val) > 0
     assert sizes[300] == len(encoding.decode_single_token_bytes(300))
-    message = message_of(capsys, corpora.main, tmp_path, "--out", tmp_path / "out")
-    assert "is not empty" in message
 
 
 @pytest.mark.parametrize("name, content, line", [
-    ("a.txt", '{"body": "a"}\n{"body": "b"}\n', 1), ("a.csv", '{"text": "a"}\nb\n', 2),
-    ("a.jsonl", '{"text": 3}\n', 1), ("a.NDJSON", "[1]\n", 1)])
+    ("a.txt", '{"text": "a"}\n{"body": "b"}\n', 2), ("a.jsonl", '{"text": 3}\n', 1)])
 def test_a_line_without_text_is_named(tmp_path, capsys, name, content, line):
     (tmp_path / name).write_text(content)
     message = message_of(capsys, corpora.main, tmp_path, "--out", tmp_path / "out",
@@ -127,7 +109,6 @@ def test_all_that_is_skipped_is_listed_with_the_reason(tmp_path, capsys, monkeyp
     for name, content, reason in (
             ("locked", None, "cannot be read"), ("broken.c", None, "cannot be read"),
             ("linked", None, "is a link"), ("pipe.c", None, "is empty"),
-            ("empty.c", b"", "is empty"), ("secret.c", b"a", "cannot be read"),
             ("Makefile", b"a", "--only"), (".git", b"a", "begins with a dot"),
             ("a.jsonl.gz", b"\xff", "gunzip"), ("a.parquet", b"PAR1\0", "pandas.read_parquet"),
             ("utf16.c", "a".encode("utf-16"), "is UTF-16; convert it with `iconv")):
@@ -136,15 +117,14 @@ def test_all_that_is_skipped_is_listed_with_the_reason(tmp_path, capsys, monkeyp
             (text / name).write_bytes(content)
     access = os.access                  # root may read everything
     monkeypatch.setattr(os, "access", lambda path, mode: (
-        path.name not in ("locked", "secret.c") and access(path, mode)))
+        path.name != "locked" and access(path, mode)))
     documents = shards_of(tmp_path / "out", text, more=["--only", "*.*"])["all"]
     assert sorted("".join(documents)) == sorted(prose(0, 9000))
     lines = capsys.readouterr().out.splitlines()
     for path, reason in reasons.items():
         assert any(path in line and reason in line for line in lines), path
-    for name, reason in (("b", "does not exist"), ("a.parquet", "There is no text")):
-        assert reason in message_of(capsys, corpora.main, text / name, "--out", tmp_path / name,
-                                    "--tokenizer=train")
+    message = message_of(capsys, corpora.main, text / "a.parquet", "--out", tmp_path / "none")
+    assert "There is no text" in message
 
 
 def test_a_damaged_tokenizer_file_gives_one_line_and_blank_last_lines_are_accepted(
@@ -158,8 +138,7 @@ def test_a_damaged_tokenizer_file_gives_one_line_and_blank_last_lines_are_accept
     for damaged, message in (
             ([*lines[:-1], lines[-1][:-2]], "occurs twice"),            # cut within the last rank
             ([*lines[:-1], lines[-1].split()[0]], "BPE file"),          # cut before the last rank
-            (lines[:200], "a byte has no rank"), ([*lines, b"YWFhYWE= 5"], "occurs twice"),
-            ([*lines, lines[5].split()[0] + b" 999"], "occurs twice")):
+            (lines[:200], "a byte has no rank")):
         file.write_bytes(b"\n".join(damaged))
         assert message in message_of(capsys, corpora.main, *words)
     file.write_bytes(b"\n".join([*lines, b"", b"", b""]))
@@ -210,25 +189,13 @@ def test_no_document_is_too_long_for_tiktoken(tmp_path):
 
 # What reads a run
 
-@pytest.fixture
-def run(flags, tmp_path):
-    train_tst.main([*flags, "--out", str(tmp_path / "run")])
-    return tmp_path / "run"
+def test_no_id_without_a_token_is_sampled(run):
+    model, _ = sample.load_model(run)       # of its ids only some belong to a token
+    known = [2, 3, 5, 7, 11]
+    assert set(sample.generate(model, [0], 300, known, temperature=9, top_k=999)) == set(known)
 
 
-def test_no_id_without_a_token_is_sampled(run, capsys):
-    path = run / "encoding.json"        # without a third of its pairs
-    stored = json.loads(path.read_text())
-    stored["mergeable_ranks"] = {token: rank for token, rank in stored["mergeable_ranks"].items()
-                                 if rank < 256 or rank % 3}
-    path.write_text(json.dumps(stored))
-    for seed in range(5):
-        sample.main([str(run), "--tokens", "300", "--temperature", "9", "--top-k", "999", "--seed",
-                     str(seed)])
-    assert len(capsys.readouterr().out) > 300
-
-
-def test_the_export_means_the_same_in_versions_4_and_5_of_transformers(flags, tmp_path, capsys):
+def test_the_export_means_the_same_in_versions_4_and_5_of_transformers(flags, tmp_path):
     transformers = pytest.importorskip("transformers")
     run, folder = tmp_path / "run", tmp_path / "hf"
     train_tst.main([*flags, "--rope-theta", "500000", "--out", str(run)])
@@ -247,7 +214,6 @@ def test_the_export_means_the_same_in_versions_4_and_5_of_transformers(flags, tm
     ids = {encoding.eot_token}
     for part in tokenizer, theirs.config, theirs.generation_config:
         assert {part.bos_token_id, part.eos_token_id} == ids
-    assert "holds something" in message_of(capsys, export.main, run, folder)
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -291,51 +257,30 @@ def test_peek_shows_bags_of_the_validation_split_and_neighbours(run, corpus, cap
         assert s == 3 and torch.equal(rows[1:2], val.rows([17 * 3], 17 * 3))
         counts = train.rows([0], 60_000)[0].bincount(minlength=VOCAB) + 1
         torch.testing.assert_close(f, counts / counts.sum())
-    (run / "encoding.json").unlink()    # shards of llm.c have none
-    peek.main([str(run / "ckpt.pt")])
-    assert "is near" not in capsys.readouterr().out
 
 
-def test_a_picture_of_two_runs(run, tmp_path, capsys):
+def test_a_picture_of_two_runs(run, tmp_path):
     pytest.importorskip("matplotlib")
-    for x in ("steps", "tokens"):
-        plot.main([str(run), str(run), "--x", x, "--out", str(tmp_path / f"{x}.png")])
-        assert (tmp_path / f"{x}.png").stat().st_size > 5000
-    assert "metrics.jsonl" in message_of(capsys, plot.main, tmp_path)
+    plot.main([str(run), str(run), "--x", "tokens", "--out", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").stat().st_size > 5000
 
 
 def test_fineweb_downloads_what_is_missing_and_the_tokenizer_once(
         corpus, tmp_path, monkeypatch, capsys):
     hub, out = pytest.importorskip("huggingface_hub"), tmp_path / "fineweb"
-    tokens = np.arange(9, dtype=np.uint16)
     out.mkdir()
     download = Mock(side_effect=lambda repo, name, repo_type, local_dir: (
-        corpora.write_shard(local_dir / name, tokens)))
+        corpora.write_shard(local_dir / name, np.arange(9, dtype=np.uint16))))
     get_encoding = Mock(return_value=corpora.load_encoding(corpus))
     monkeypatch.setattr(hub, "hf_hub_download", download)
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    for shards in "1", "2", "0":
+    for shards in "1", "2", "0":        # the guide adds the tokenizer to other shards with 0
         fineweb.main(["--shards", shards, "--out", str(out)])
     assert [call.args[1] for call in download.mock_calls] == [
         "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     get_encoding.assert_called_once_with("gpt2")
-    words = "--shards", "3", "--out", out
-    download.side_effect = ConnectionError("no connection")
-    assert "Repeat the command" in message_of(capsys, fineweb.main, *words)
+    download.side_effect = ConnectionError("no\nconnection")
+    assert "Repeat the command" in message_of(capsys, fineweb.main, "--shards", 3, "--out", out)
     (out / "meta.json").write_text(json.dumps(data.GPT2))       # GPT-2's tokens of other text
-    assert "Choose another --out" in message_of(capsys, fineweb.main, *words)
-
-
-def test_fineweb_adds_the_tokenizer_to_shards_of_gpt2(run, corpus, tmp_path, monkeypatch, capsys):
-    words = ["--shards", "0", "--out", str(tmp_path)]
-    corpora.write_shard(tmp_path / "train.bin", np.arange(9, dtype=np.uint16))
-    get_encoding = Mock(side_effect=[ConnectionError("a\nb"), corpora.load_encoding(corpus)])
-    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    assert "Repeat the command" in message_of(capsys, fineweb.main, *words)
-    fineweb.main(words)
-    assert (tmp_path / "encoding.json").exists()
-    for folder in corpus, tmp_path / "missing":                 # another tokenizer; no folder
-        assert "another --out" in message_of(capsys, fineweb.main, "--shards", "0", "--out", folder)
-    (run / "encoding.json").unlink()
-    message = message_of(capsys, sample.main, run)
-    assert f"python tools/fineweb.py --shards 0 --out {run}" in message
+    for words in (["--shards", 3, "--out", out], ["--shards", 0, "--out", corpus]):
+        assert "Choose another --out" in message_of(capsys, fineweb.main, *words)
