@@ -4,7 +4,6 @@ In one process: `with PretendedGPU("Tesla T4"):`. With torchrun, this file repla
 and its first argument is the name of the card. On a simulated GPU autocast changes nothing, so that
 the products are in float32, because autocast on "cuda" ignores tensors that are on the CPU.
 """
-import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -16,25 +15,19 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 
-GPUS = 2                                # per machine
 CAPABILITY = {"NVIDIA B200": (10, 0), "NVIDIA H100 80GB HBM3": (9, 0), "Tesla T4": (7, 5)}
-PARTS = {"embedding": "embed", "scaled_dot": "block", "silu": "block", "log_softmax": "loss"}
 
 
 class PretendedGPU(TorchFunctionMode):
-    """Replaces every device "cuda" by the CPU, and counts what torch.compile compiles.
-
-    `current` is the index that `torch.cuda.set_device` got. `graphs` has the pair [part, with
-    gradients?] of every compiled graph.
-    """
+    """Replaces every device "cuda" by the CPU. `current` is the index of `set_device`."""
 
     def __init__(self, name):
         super().__init__()
-        self.current, self.graphs = 0, []
+        self.current = 0
         native_bfloat16 = CAPABILITY[name] >= (8, 0)        # older cards emulate bfloat16
         self.patches = [
             mock.patch.multiple(
-                torch.cuda, is_available=lambda: True, device_count=lambda: GPUS,
+                torch.cuda, is_available=lambda: True, device_count=lambda: 2,
                 current_device=lambda: self.current, set_device=self.set_device,
                 get_device_name=lambda device=None: name,
                 get_device_capability=lambda device=None: CAPABILITY[name],
@@ -72,34 +65,25 @@ class PretendedGPU(TorchFunctionMode):
         return function(*map(self.on_cpu, args), **kwargs)
 
     def on_cpu(self, value):
-        """The CPU if value is a device of CUDA with a valid index, else value."""
+        """The CPU if value is a device of CUDA, else value."""
         if isinstance(value, str) and value.startswith("cuda"):
             value = torch.device(value)
-        if not isinstance(value, torch.device) or value.type != "cuda":
-            return value
-        if (value.index or 0) >= GPUS:
-            raise RuntimeError("CUDA error: invalid device ordinal")
-        return torch.device("cpu")
+        is_cuda = isinstance(value, torch.device) and value.type == "cuda"
+        return torch.device("cpu") if is_cuda else value
 
     def set_device(self, device):
         self.current = torch.cuda._utils._get_device_index(device)      # fails without an index
 
-    def compile(self, function, real=torch.compile, **options):
-        """torch.compile with the backend `record`, which is the same for all functions."""
-        compiled = real(function, backend=self.record, **options)
+    @staticmethod
+    def compile(function, real=torch.compile, **options):
+        """torch.compile with the backend that runs a graph unchanged."""
+        compiled = real(function, backend="eager", **options)
 
         def run(*args, **kwargs):       # the compiler must see neither this mode nor a GPU
             with torch._C.DisableTorchFunction(), \
                     mock.patch.object(torch.cuda, "is_available", lambda: False):
                 return compiled(*args, **kwargs)
         return run
-
-    def record(self, graph, inputs):
-        """Record a graph and run it unchanged. A graph without PARTS only tries the compiler."""
-        part = [PARTS[word] for word in PARTS if word in graph.code]
-        if part:
-            self.graphs.append([part[0], torch.is_grad_enabled()])
-        return graph.forward
 
     @staticmethod
     def init_gloo(backend, *args, real=dist.init_process_group, **kwargs):
@@ -118,5 +102,3 @@ if __name__ == "__main__":
         import train_tst
         train_tst.main(flags)
         assert gpu.current == train_tst.LOCAL_RANK
-        out = train_tst.parse(flags).out
-    Path(out, f"graphs{train_tst.RANK}.json").write_text(json.dumps(gpu.graphs))
