@@ -16,7 +16,7 @@ def planned(monkeypatch, capsys):
     return run
 
 
-def test_a_plan_counts_parameters_tokens_and_hours(planned, capsys):
+def test_a_plan_counts_parameters_tokens_and_hours(planned):
     found = planned("--model tiny --s 6 --r 0.2 --devices 2 --mfu 0.5")
     assert found["parameters"] == found["active_parameters"] == 473_760
     assert found["superposition_tokens"] == 480 * 32 * 96 * 6       # steps, rows, positions, s
@@ -24,9 +24,6 @@ def test_a_plan_counts_parameters_tokens_and_hours(planned, capsys):
     flops = (6 * (473_760 - 1024 * 96 - 7 * 96) + 12 * 3 * 96 * 96) * 2400 * 32 * 96
     assert found["hours"] == pytest.approx(flops / (2 * 0.5 * 989e12) / 3600)
     assert planned("--model tiny-moe")["active_parameters"] == 752_688      # 2 of 8 experts
-    with pytest.raises(SystemExit):
-        plan.main(["--mfu", "40"])
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_planned_memory_is_near_the_measured_memory(planned):
