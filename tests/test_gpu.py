@@ -51,8 +51,8 @@ def test_one_gpu_trains_without_any_flag_for_it(flags, on_cpu, card, dtype, tmp_
         sample.main([str(tmp_path), "--prompt", "ab", "--tokens", "3"])
         assert capsys.readouterr().out.startswith("ab")
     assert losses(tmp_path) == pytest.approx(losses(on_cpu), abs=1e-4)
-    # One graph tries the compiler. In training the blocks share one graph, and the embedding and the
-    # loss have one graph for each s. In evaluation all three have one for each number of rows
+    # One graph tries the compiler. In training the blocks share a graph, and the embedding and the
+    # loss have a graph for each s. In evaluation each part has a graph for each number of rows
     assert counters["stats"]["unique_graphs"] == 1 + (1 + 2 + 2) + 3 * 2
     scaler = train_tst.load_checkpoint(tmp_path)["scaler"]
     assert bool(scaler) == (dtype == "float16")

@@ -21,8 +21,7 @@ def test_a_run_is_made_once_and_has_a_row_with_every_column(tmp_path, flags, mon
         row, = run.read_rows()
     assert tuple(row) == run.COLUMNS and all(row.values())
     assert row["command"] == f"python train_tst.py {text}" and row["commit"] == run.commit()
-    tokens = 12 * 8 * 16 * 2                    # 6 steps on bags of 3, 6 on single tokens
-    assert row["tokens"] == str(tokens) and row["epochs"] == f"{tokens / 60_000:.2f}"
+    assert row["tokens"] == str(12 * 8 * 16 * 2)        # 6 steps on bags of 3, 6 on single tokens
     assert row["val_loss"] == f"{log(run.folder(text))[-1]['val_loss']:.4f}"
 
 
@@ -43,8 +42,7 @@ def test_pairs_differ_only_in_the_method_and_read_no_token_twice():
     assert table.best(by_rate) == [pytest.approx(0.2)]
 
 
-def test_the_table_is_made_from_results_csv(capsys):
+def test_the_published_table_is_made_from_results_csv(capsys):
     table.main()
-    shown = capsys.readouterr().out.partition("\nAll")[0]
-    assert "M on C, V = 4,096, s = 6, r = 0.2 | 14.7M | 15 | -0.028 ± 0.050 | 13 of 15 |" in shown
-    assert "M on English, V = 16,384, s = 6, r = 0.2 | 65.5M | 1 | +0.015 | 0 of 1 |" in shown
+    head, rows = capsys.readouterr().out.split("\n\n")[:2]
+    assert rows.count("\n") == 9 and rows in ROOT.joinpath("study/README.md").read_text()
