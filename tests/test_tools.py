@@ -123,8 +123,6 @@ def test_all_that_is_skipped_is_listed_with_the_reason(tmp_path, capsys, monkeyp
     lines = capsys.readouterr().out.splitlines()
     for path, reason in reasons.items():
         assert any(path in line and reason in line for line in lines), path
-    message = message_of(capsys, corpora.main, text / "a.parquet", "--out", tmp_path / "none")
-    assert "There is no text" in message
 
 
 def test_a_damaged_tokenizer_file_gives_one_line_and_blank_last_lines_are_accepted(

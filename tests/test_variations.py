@@ -40,4 +40,3 @@ def test_every_variation_trains_and_its_first_loss_is_the_one_that_it_defines(
                 "tables": of_bags, "optimizer": of_bags}        # unchanged until the switch
     for name, log_p in expected.items():
         assert found[name] == pytest.approx(-log_p.mean().item(), abs=1e-6), name
-    assert len(set(found.values())) >= 5                        # the losses are different
