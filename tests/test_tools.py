@@ -74,7 +74,6 @@ def test_a_build_that_was_killed_leaves_nothing_after_the_next_start(tmp_path):
 def test_own_text_becomes_shards_with_the_same_text(tmp_path):
     texts = [prose(k, 600) + "Zürich\r\n" for k in range(40)]
     files = {f"{k}.md": texts[k] for k in range(20)}
-    # JSON lines are recognised by their name or by their first line
     files |= {"a.NDJSON": json_lines(texts[20:30]), "a": json_lines(texts[30:])}
     (tmp_path / "text").mkdir()
     for k, (name, content) in enumerate(files.items()):         # half have a byte-order mark
@@ -90,7 +89,8 @@ def test_own_text_becomes_shards_with_the_same_text(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, line", [
-    ("a.txt", '{"text": "a"}\n{"body": "b"}\n', 2), ("a.jsonl", '{"text": 3}\n', 1)])
+    ("a.txt", '{"text": "a"}\n{"body": "b"}\n', 2), ("a.jsonl", '{"text": 3}\n', 1),
+    ("a.NDJSON", "[1]\n", 1)])         # the name alone shows that these are JSON lines
 def test_a_line_without_text_is_named(tmp_path, capsys, name, content, line):
     (tmp_path / name).write_text(content)
     message = message_of(capsys, corpora.main, tmp_path, "--out", tmp_path / "out",
