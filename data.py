@@ -37,7 +37,7 @@ class Batches:
         step 2     2, 3, 4                                  block 0, row 1
         step 3     4, 5, 6                                  block 0, row 2
 
-    So each token is an input at most once per epoch. `epochs` is the maximum over the phases.
+    So each token is an input at most once per epoch. `epochs` is that of the phase with the most.
     """
 
     def __init__(self, tokens, steps, switch, s, batch_size, seq_len, seed):

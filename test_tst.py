@@ -1,4 +1,4 @@
-"""The claims of the method, one for each test. Run them by `python -m pytest test_tst.py`.
+"""The claims of the method, one for each test. Run them with `python -m pytest test_tst.py`.
 
 The tests of everything else, such as resuming and bad input, are in tests/.
 """

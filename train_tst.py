@@ -94,7 +94,7 @@ def train(args, run):
     describe(args, run, model, device, len(train_tokens), switch, batches.epochs)
     run.open(meta)                                      # from here on the run writes to its folder
 
-    n_rows, micro = args.batch_size // WORLD, args.micro_batch_size     # in this process; per pass
+    n_rows, micro = args.batch_size // WORLD, args.micro_batch_size    # rows: per process, per pass
     warmup, decay = max(1, args.warmup_steps), max(1, round(args.decay_frac * args.steps))
     for step in range(run.first_step, args.steps):
         # The phase switch: a bag has s tokens before the switch, and one token after the switch
@@ -105,7 +105,7 @@ def train(args, run):
             rows = rows.pin_memory() if device.type == "cuda" else rows     # for an async copy
             bags = rows.to(device, non_blocking=True).view(micro, l + 1, s)
             inputs, targets = bags[:, :-1], bags[:, 1:]                 # bag j predicts bag j + 1
-            wrapped.require_backward_grad_sync = i + micro == n_rows    # DDP: after the last pass
+            wrapped.require_backward_grad_sync = i + micro == n_rows    # DDP: in the last pass only
             with autocast:
                 micro_loss = wrapped(inputs, targets) / (n_rows // micro)
             scaler.scale(micro_loss).backward()
@@ -299,7 +299,7 @@ class Run:
     def open(self, meta):
         """Create the folder, lock it, and truncate the log to the step of the checkpoint.
 
-        Nothing is written before this call, so that a run with bad input leaves nothing behind.
+        Nothing is written to --out before this call, so that bad input leaves no run behind.
         """
         if WORLD > 1:                   # the other processes wait in this group while one saves
             self.savers = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
@@ -417,7 +417,7 @@ def parse(argv=None):
     run("--decay-frac", type=fraction, help="fraction of the steps, at the end, in which the "
         "learning rate decays linearly to 0")
     run("--eval-every", type=count, default=500, help="steps between two evaluations")
-    run("--save-every", type=count, default=500, help="steps between two checkpoints")
+    run("--save-every", type=count, default=500, help="steps between saves; each evaluation saves")
     run("--seed", type=natural, default=0, help="seed of the initial weights and the data order")
     run("--out", help="folder of the run; if not given: runs/MODEL-sS-rR-seedSEED")
     run("--resume", action="store_true", help="continue the run in --out, or start it if it is new")
@@ -457,7 +457,7 @@ def check(args):
     if args.n_head % args.n_kv_head or (args.head_dim or args.n_embd / args.n_head) % 2:
         fail(f"--n-head {args.n_head} must be a multiple of --n-kv-head {args.n_kv_head}, and "
              f"the width of a head, {args.head_dim or args.n_embd / args.n_head:g}, must be even.")
-    if args.n_expert and not 1 < args.n_active <= args.n_expert:    # 1 leaves the router untrained
+    if args.n_expert and not 1 < args.n_active <= args.n_expert:    # 1: router learns balance only
         fail(f"--n-active {args.n_active}: choose a number from 2 to --n-expert {args.n_expert}.")
     n_rows, most = args.batch_size // WORLD, min(args.batch_size // WORLD, args.micro_batch_size)
     args.micro_batch_size = max(n for n in range(1, most + 1) if n_rows % n == 0)

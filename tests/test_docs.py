@@ -21,8 +21,8 @@ def test_the_readme_shows_the_lines_that_run():
         "model.py", "train_tst.py"))
     lines = [re.sub(" *#.*", "", line) for line in method.splitlines() if line]
     assert len(lines) < 11 and all(line in code for line in lines)
-    loop, trainer = int(re.search(r"from\s+line\s+(\d+)", README)[1]), ROOT / "train_tst.py"
-    assert trainer.read_text().splitlines()[loop - 1].startswith("    for step in ")
+    first, trainer = int(re.search(r"lines\s+(\d+)", README)[1]), ROOT / "train_tst.py"
+    assert trainer.read_text().splitlines()[first + 1].startswith("    for step in ")
     example = ROOT.joinpath("examples/hf_trainer.py").read_text()
     assert port.split("\n\n")[0] in example
 
