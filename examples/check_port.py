@@ -1,7 +1,7 @@
 """Check a port of token superposition: its loss, and what its trainer does at the switch.
 
 `python examples/check_port.py` checks our model and examples/hf_trainer.py. To check your own port,
-copy this file. Use a small float32 model of 100 token ids in eval mode, after 50 training steps,
+copy this file. Use a small float32 model of 128 token ids in eval mode, after 50 training steps,
 because an untrained model hides mistakes. For nanoGPT (`original` is unchanged):
 
     loss_of = lambda rows, s: model(rows[:, :-s], rows[:, s:].contiguous(), s)[1]

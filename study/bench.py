@@ -8,7 +8,7 @@ float16 has no gradient scaler here. The variants take turns. A ratio is the med
 with quartiles. On a CPU one thread is measured, in CPU time. These commands check one GPU in ten
 minutes:
 
-    python -m pytest -n 8
+    python -m pytest -n 8                   # needs pytest-xdist
     for n in 16 32 64; do python study/bench.py --model 270m --rows $n --shards /tmp/zipf
       for s in 6 1; do python train_tst.py --model 270m --data /tmp/zipf --steps 12 --r 0.5 \\
         --batch-size 64 --micro-batch-size $n --s $s --out /tmp/zipf/270m-$n-$s; done; done

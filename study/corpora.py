@@ -3,9 +3,9 @@
     python study/corpora.py data/c-4096 data/english-16384 data/mixed-16384
 
 The name of a folder is a kind and a vocabulary size. All corpora of a kind have the same documents
-and splits. c: half of the .c, .h and .rst files of a Linux kernel. prose: sentences, without markup
-and tables, from the kernel's documentation, manuals and dictionaries. english: prose and the RFCs.
-mixed: the .c and .h files of the kernel, except generated files, and english.
+and splits. c: half of the .c, .h and .rst files of a Linux kernel, except generated files. prose:
+sentences, without markup and tables, from the kernel's documentation, manuals and dictionaries.
+english: prose and the RFCs. mixed: all these .c and .h files, and english.
 
 `apt-get download` fetches each package into data/cache, in the version that is named below. The
 RFCs are in Debian's component non-free. To add it, run as root:

@@ -1,4 +1,4 @@
-"""Print every number of study/README.md, from study/results.csv.
+"""Print the table of study/README.md and all pairs, from study/results.csv.
 
     python study/table.py
 

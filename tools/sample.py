@@ -71,7 +71,7 @@ def main(argv=None):
     start = [encoding.eot_token, *encoding.encode_ordinary(args.prompt)]    # as in training
     generator = torch.Generator().manual_seed(args.seed)
     print(args.prompt, end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a token can end in a character
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token can end inside a character
     for token in generate(model, start, args.tokens, known, args.temperature, args.top_k,
                           generator):
         if token == encoding.eot_token:
