@@ -125,6 +125,6 @@ if __name__ == "__main__":
 
     gpt = GPT(Config(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, n_hidden=64, vocab_size=128))
     check_model("model.py", gpt, gpt.embedding, lambda _, __, bags: gpt(bags[:, :-1], bags[:, 1:]))
-    from hf_trainer import LlamaConfig, LlamaForCausalLM, superposed_loss     # needs transformers
+    from hf_trainer import LlamaConfig, LlamaForCausalLM, superposed_loss
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2))
     check_model("examples/hf_trainer.py", llama, llama.get_input_embeddings(), superposed_loss)

@@ -53,7 +53,7 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high" if cuda else "highest")   # as in training
     print(f"{args.model}, {args.batch_size} rows of {args.seq_len}, {args.dtype}, {gpu}")
 
-    temporary = tempfile.TemporaryDirectory()       # for tokens. Token k is as frequent as 1 / k
+    temporary = tempfile.TemporaryDirectory()       # for tokens, with frequencies like 1 / k
     folder = Path(own.shards or temporary.name)
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = VOCAB_SIZE if args.data == "data/python" else data.GPT2["vocab_size"]

@@ -5,7 +5,7 @@
 The name of a folder is a kind and a vocabulary size. All corpora of a kind have the same documents
 and splits. c: half of the .c, .h and .rst files of a Linux kernel, except generated files. prose:
 sentences, without markup and tables, from the kernel's documentation, manuals and dictionaries.
-english: prose and the RFCs. mixed: all these .c and .h files, and english.
+english: prose and the RFCs. mixed: all .c and .h files (not only half of them), and english.
 
 `apt-get download` fetches each package into data/cache, in the version that is named below. The
 RFCs are in Debian's component non-free. To add it, run as root:
@@ -13,7 +13,7 @@ RFCs are in Debian's component non-free. To add it, run as root:
     echo deb http://deb.debian.org/debian bookworm non-free > /etc/apt/sources.list.d/non-free.list
     apt-get update
 
-If Debian has a newer version, put the .deb of this version, from snapshot.debian.org, into
+If Debian has a newer version, put the .deb of the version below, from snapshot.debian.org, into
 data/cache, because another version makes other data, with another hash.
 """
 import gzip
@@ -116,7 +116,7 @@ def shuffled(documents):
 
 
 def c_documents(every, suffixes):
-    """One of `every` files of the kernel, by a hash of its name, but 1/4 of these if held out."""
+    """One of `every` files of the kernel, by a hash of its name. Of the held-out ones only 1/4."""
     def wanted(name):
         number = int(sha256(f"half {name}".encode()).hexdigest(), 16)       # unlike in split_of
         return (name.endswith(suffixes) and not name.startswith(GENERATED) and number % every == 0

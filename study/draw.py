@@ -2,9 +2,9 @@
 
     pip install matplotlib && python study/draw.py
 
-A filled point is a setting of study/table.py: the mean over seeds of TST minus baseline, with a bar
-of one standard deviation if there are several seeds, against the tokens that the baseline reads. A
-hollow point is another project's pair (docs/related.md), and a black point is the paper's.
+A coloured point is a setting of study/table.py: the mean over seeds of TST minus baseline, with a
+bar of one standard deviation if there are several seeds, against the tokens that the baseline
+reads. A hollow point is another project's pair (docs/related.md), a black point is the paper's.
 """
 import math
 import statistics

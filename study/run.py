@@ -83,7 +83,7 @@ def main():
                     append(new)
                     print(f"{flags}: val_loss {new['val_loss']}, {new['seconds']} s", flush=True)
                 else:
-                    print(f"{folder(flags)}.txt says why this run is not finished.", flush=True)
+                    print(f"{folder(flags)} is not finished. See its .txt, if any.", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C no further run begins
 
@@ -150,7 +150,7 @@ def read_rows():
 
 
 def append(new):
-    """Add a row to results.csv, unless there is a row of the same command on the same data."""
+    """Add a row to results.csv, unless its experiment has this command on the same data."""
     key = ("experiment", "command", "data_hash")
     if not any(all(row[name] == new[name] for name in key) for row in read_rows()):
         with RESULTS.open("a", newline="") as file:

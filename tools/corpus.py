@@ -351,7 +351,7 @@ def kind_of(path, given, field, only):
 
 
 def read_documents(files, field, size):
-    """Yield (path, text). Texts are split at `size` characters, or at an end of line before."""
+    """Yield (path, text). Texts are split at `size` characters, or at an earlier end of line."""
     for path, kind in files:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for source in [file] if kind == TEXT else json_texts(path, file, field):

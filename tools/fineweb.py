@@ -44,7 +44,7 @@ def main(argv=None):
         fail(f"--out {args.out} is not a folder. Choose another --out, or a larger --shards.")
     if not (args.out / "encoding.json").exists():
         save_encoding(download_encoding("gpt2", "Repeat the command to continue."), args.out)
-    print(f"{args.out} is ready. Train on it: python train_tst.py --data {args.out}")
+    print(f"{args.out} is ready.")
 
 
 if __name__ == "__main__":
